@@ -1,0 +1,93 @@
+"""Choosing settings on validation: the same number of trials for every candidate."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from pomona import catalog
+from pomona.nets.build import keys
+from pomona.options import Option
+from pomona.recipe.recipe import Recipe
+
+
+def space(recipe: Recipe) -> dict[str, Any]:
+    """What is tuned: learning rate and weight decay unless the recipe fixes them, and what its layers declare.
+
+    A slot's factory declares ``tunable = {"grid": [3, 5, 8]}`` (choices) or ``{"beta": (0.1, 10.0)}`` (a range, on a
+    logarithmic scale). A range is a (low, high) pair, a choice is a list.
+    """
+    found: dict[str, Any] = {}
+    if "lr" not in recipe.training:
+        sgd = recipe.training.get("optimizer") in {"sgd", "nesterov"}
+        found["lr"] = (1e-3, 1.0) if sgd else (2e-4, 2e-2)
+    if "weight_decay" not in recipe.training:
+        found["weight_decay"] = (1e-5, 1e-1)
+    for slot, default in keys(recipe.backbone)[0].items():
+        option = Option.parse(recipe.slots.get(slot, default))
+        factory = catalog.load(catalog.entry(slot, option.name).make)
+        for name, values in getattr(factory, "tunable", {}).items():
+            if name not in option.options:
+                found[f"{slot}.{name}"] = values
+    return found
+
+
+class Tuner:
+    """Optuna's TPE over a recipe's space, asked and told in order, so that a resumed study proposes the same again.
+
+    The first trial is the recipe's own settings.
+    """
+
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.space = space(recipe)
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.study = optuna.create_study(sampler=sampler, direction="maximize")
+        self.told: list[tuple[dict[str, Any], float]] = []
+
+    def suggest(self) -> tuple[Any, dict[str, Any]]:
+        """An Optuna trial (``None`` for the recipe's own settings) and the values to try."""
+        if not self.told:
+            return None, {}
+        trial = self.study.ask()
+        values = {
+            name: trial.suggest_categorical(name, list(values))
+            if isinstance(values, list)
+            else trial.suggest_float(name, *values, log=True)
+            for name, values in self.space.items()
+        }
+        return trial, values
+
+    def tell(self, trial: Any, values: dict[str, Any], score: float) -> None:
+        """How it went: larger is better, nan or infinite for a failure."""
+        self.told.append((values, score if math.isfinite(score) else -math.inf))
+        if trial is None:
+            return
+        from optuna.trial import TrialState
+
+        if math.isfinite(score):
+            self.study.tell(trial, score)
+        else:
+            self.study.tell(trial, state=TrialState.FAIL)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The values that did best; the recipe's own before any trial or when all failed."""
+        if not self.told or max(score for _, score in self.told) == -math.inf:
+            return {}
+        return max(self.told, key=lambda pair: pair[1])[0]
+
+
+def tune(recipe: Recipe, trials: int, seed: int, run: Callable[[int, Recipe], float]) -> dict[str, Any]:
+    """Run ``trials`` trainings through ``run(index, recipe) -> score`` and return the best values."""
+    tuner = Tuner(recipe, seed)
+    for index in range(trials):
+        trial, values = tuner.suggest()
+        tuner.tell(trial, values, run(index, recipe.with_values(values)))
+    return tuner.best

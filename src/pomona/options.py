@@ -1,0 +1,168 @@
+"""Names with options, as people write them: ``kan``, ``kan:grid=8,k=3``, ``prune:density=0.1,rewind``.
+
+A candidate is a backbone and ``key=value`` pairs, each value such a name: ``mlp linear=kan:grid=8 act=gelu width=64``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from pomona import catalog
+from pomona.errors import PomonaError, unknown
+
+SIZES = frozenset(
+    ["in_features", "out_features", "bias", "features", "channel_dim", "dims", "kernel_size", "stride", "padding", "channels", "in_channels", "out_channels", "dim", "tokens", "hidden", "make_linear", "make_act", "device", "dtype", "generator"]
+)
+"""Size arguments, which the builder supplies and a person cannot."""
+
+
+def scalar(text: str) -> Any:
+    """``text`` as a bool, None, int or float where it reads as one, else unchanged."""
+    lowered = text.strip().lower()
+    if lowered in {"true", "yes", "on"}:
+        return True
+    if lowered in {"false", "no", "off"}:
+        return False
+    if lowered in {"none", "null"}:
+        return None
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text.strip()
+
+
+@dataclass(frozen=True)
+class Option:
+    """A name and its options; ``str(option)`` reads back as the same."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str | Option | Mapping[str, Any]) -> Option:
+        """From ``"name:key=value,flag"`` or ``{"name": ..., key: value}``.
+
+        Raises:
+            PomonaError: if the text is empty or an option has no name.
+        """
+        if isinstance(text, Option):
+            return text
+        if isinstance(text, Mapping):
+            rest = dict(text)
+            if "name" not in rest:
+                raise PomonaError(f"{dict(text)} needs a 'name', as in {{'name': 'kan', 'grid': 8}}")
+            return cls(str(rest.pop("name")), rest)
+        name, _, tail = str(text).partition(":")
+        if not name.strip():
+            raise PomonaError(f"{text!r} is not a name with options; write it as name or name:key=value,key=value")
+        options: dict[str, Any] = {}
+        for item in filter(None, (part.strip() for part in tail.split(","))):
+            key, equals, value = item.partition("=")
+            if not key.isidentifier():
+                raise PomonaError(f"{item!r} in {text!r} is not an option; write it as key=value")
+            options[key] = scalar(value) if equals else True
+        return cls(name.strip(), options)
+
+    def __str__(self) -> str:
+        tail = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}:{tail}" if tail else self.name
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+def parse_candidate(text: str) -> tuple[str, dict[str, str]]:
+    """``"mlp linear=kan width=64"`` -> ``("mlp", {"linear": "kan", "width": "64"})``, short names spelled out.
+
+    Raises:
+        PomonaError: if it is empty or a word has no ``=``.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise PomonaError(f"candidate {text!r} has an unclosed quote") from error
+    if not words:
+        raise PomonaError("candidate '' is empty; write a backbone or a short name, such as mlp or kan")
+    head, *pairs = words
+    settings: dict[str, str] = {}
+    name, colon, tail = head.partition(":")
+    short = catalog.short_names().get(name)
+    if short is not None:
+        head, settings = parse_candidate(short)
+        if colon:  # options of a short name go to the slot it stands for: kan:grid=8
+            last = list(settings)[-1]
+            settings[last] += f":{tail}"
+    for word in pairs:
+        key, equals, value = word.partition("=")
+        if not equals or not value:
+            raise PomonaError(f"{word!r} in candidate {text!r} is not key=value, as in act=gelu or width=64")
+        settings[key] = value
+    return head, settings
+
+
+@lru_cache(maxsize=512)
+def parameters(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
+    """Parameters of a factory, their type hints, and whether it takes any keyword."""
+    signature = inspect.signature(make).parameters
+    function = make.__init__ if inspect.isclass(make) else make  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError):
+        hints = {}
+    named = {name: p for name, p in signature.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return named, hints, any(p.kind is p.VAR_KEYWORD for p in signature.values())
+
+
+def check_options(where: str, make: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, each converted to the type that ``make``'s signature names.
+
+    Raises:
+        PomonaError: for an option it does not take (names the nearest) or a value of the wrong type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    named, hints, anything = parameters(make)
+    offered = [name for name in named if name not in SIZES and name != "self"]
+    checked: dict[str, Any] = {}
+    for key, value in options.items():
+        if key not in named and not anything:
+            if not offered:
+                raise PomonaError(f"{where} takes no options, but got {key}={value!r}")
+            raise unknown(f"option of {where}", key, offered)
+        if key in SIZES:
+            raise PomonaError(f"{key}={value!r} of {where} follows from the network and cannot be set")
+        hint = hints.get(key)
+        if hint is not None and not callable(value):
+            try:
+                value = TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value)
+            except ValidationError as error:
+                first = error.errors()[0]["msg"]
+                raise PomonaError(f"{key}={value!r} of {where} is not valid: {first}") from error
+            except Exception as error:
+                if type(error).__module__.startswith("pydantic"):  # a hint pydantic has no schema for
+                    checked[key] = value
+                    continue
+                raise
+        checked[key] = value
+    return checked
+
+
+def make(slot: str, option: str | Option, **sizes: Any) -> Any:
+    """Build what ``option`` names in ``slot``, passing the sizes that its signature asks for.
+
+    Raises:
+        PomonaError: unknown slot, name or option; wrong type; or whatever the layer says of its sizes.
+    """
+    option = Option.parse(option)
+    factory = catalog.load(catalog.entry(slot, option.name).make)
+    options = check_options(f"{slot}={option.name}", factory, option.options)
+    named, _, anything = parameters(factory)
+    return factory(**{k: v for k, v in sizes.items() if k in named or anything}, **options)

@@ -1,0 +1,5 @@
+"""A candidate as data, and what is done with one: train it, keep it, restore it, export it."""
+
+from pomona.recipe.recipe import Recipe
+
+__all__ = ["Recipe"]

@@ -1,0 +1,178 @@
+"""Train a recipe on a task, measure what it costs, and put both into a record for the zoo."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from pomona.data.pipeline import Pipeline
+from pomona.data.task import Task
+from pomona.errors import PomonaError
+from pomona.nets import cost as costs
+from pomona.nets.specs import Inputs, Outputs, inputs_from_json, outputs_from_json
+from pomona.recipe.recipe import Recipe
+from pomona.train.budget import Budget
+from pomona.train.loop import Fit, evaluate, fit
+from pomona.zoo import Record, Zoo
+
+
+@dataclass
+class Trained:
+    """A recipe trained once.
+
+    Attributes:
+        fit: the training; ``fit.net`` is the network.
+        cost: ``parameters``, ``flops`` of one forward pass of one example, ``seconds`` and ``examples`` of training.
+    """
+
+    fit: Fit
+    cost: dict[str, float]
+
+
+def train_recipe(
+    recipe: Recipe,
+    task: Task,
+    budget: Budget,
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    on_validation: Callable[[dict[str, float]], None] | None = None,
+) -> Trained:
+    """Build and train a recipe.
+
+    Args:
+        recipe: what to train.
+        task: on what.
+        budget: for how long, edits included.
+        seed: of initialisation, batches and every other draw.
+        device: in place of the recipe's own.
+        on_validation: told of each validation.
+
+    Raises:
+        PomonaError: whatever does not fit.
+    """
+    net = recipe.build(task, seed=seed)
+    settings = recipe.train_settings(**({"device": device} if device else {}))
+    flops = costs.flops(net, task.example)
+    extra: dict[str, Any] = {"seed": seed, "on_validation": on_validation, "flops_per_example": flops}
+    result = fit(net, task, settings, budget=budget, **extra)
+    materialize = getattr(result.net, "materialize", None)
+    if callable(materialize):  # generated weights become ordinary ones
+        result.net = materialize()
+    cost = {
+        "parameters": float(costs.parameters(result.net)),
+        "flops": float(flops),
+        "seconds": result.seconds,
+        "examples": float(result.examples),
+    }
+    return Trained(result, cost)
+
+
+def measure_cost(net: nn.Module, task: Task, batch_size: int) -> dict[str, float]:
+    """``memory`` (bytes, one training step) and ``latency_1`` and ``latency_256`` (seconds) of a network on this machine."""
+    x = task.splits["train"].x
+    rows = x[torch.arange(256) % len(x)]
+    return {
+        "memory": float(costs.training_memory(net, rows[: min(batch_size, 256)])),
+        "latency_1": costs.latency(net, rows[:1]),
+        "latency_256": costs.latency(net, rows),
+    }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of Pomona, torch and Python, and the machine's kind."""
+    return {
+        "pomona": metadata.version("pomona") if _installed() else "source",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _installed() -> bool:
+    try:
+        metadata.version("pomona")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def task_json(task: Task) -> dict[str, Any]:
+    """What must be kept of a task to use a network on new rows."""
+    return {
+        "name": task.name,
+        "fingerprint": task.fingerprint(),
+        "metric": task.metric,
+        "inputs": asdict(task.inputs),
+        "outputs": asdict(task.outputs),
+        "pipeline": task.pipeline.to_json() if task.pipeline else None,
+    }
+
+
+def metrics_of(net: nn.Module, task: Task, *splits: str) -> dict[str, dict[str, float]]:
+    """Loss and metrics of a network on the splits named."""
+    return {split: evaluate(net, task, split) for split in splits}
+
+
+@dataclass
+class Specs:
+    """The two specs of a task whose data are elsewhere."""
+
+    inputs: Inputs
+    outputs: Outputs
+
+
+@dataclass
+class Restored:
+    """A network out of the zoo.
+
+    Attributes:
+        network: a plain module in evaluation mode.
+        recipe: what it was made by.
+        record: all that the zoo knows of it.
+        pipeline: turns raw rows into its input, and its output into predictions.
+    """
+
+    network: nn.Module
+    recipe: Recipe
+    record: Record
+    pipeline: Pipeline | None
+
+    def predict(self, rows: Any) -> Any:
+        """Predictions for raw rows (a DataFrame or array), as a DataFrame.
+
+        Raises:
+            PomonaError: if the network was trained on ready tensors, or a column is missing.
+        """
+        from pomona.train.loop import predict
+
+        if self.pipeline is None:
+            raise PomonaError(f"network {self.record.id} was trained on ready tensors and has no pipeline for raw rows")
+        return self.pipeline.decode(predict(self.network, self.pipeline.transform(rows)))
+
+
+def restore(zoo: Zoo, id: str) -> Restored:
+    """The network of a record, rebuilt from its recipe and weights.
+
+    Raises:
+        PomonaError: if there is no such record, or it has no weights.
+    """
+    record = zoo.get(id)
+    if not record.weights:
+        raise PomonaError(f"network {record.id} has no weights: its training ended with {record.status} ({record.error})")
+    state = zoo.state(record.id)
+    recipe = Recipe.parse(record.recipe)
+
+    specs = Specs(inputs_from_json(record.task["inputs"]), outputs_from_json(record.task["outputs"]))
+    net = recipe.build(specs)
+    net.load_state_dict(state)
+    pipeline = record.task.get("pipeline")
+    return Restored(net.eval(), recipe, record, Pipeline.from_json(pipeline) if pipeline else None)
