@@ -5,6 +5,7 @@ A candidate is a backbone and ``key=value`` pairs, each value such a name: ``mlp
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import shlex
 import typing
@@ -109,16 +110,29 @@ def parse_candidate(text: str) -> tuple[str, dict[str, str]]:
 
 
 @lru_cache(maxsize=512)
-def parameters(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
-    """Parameters of a factory, their type hints, and whether it takes any keyword."""
-    signature = inspect.signature(make).parameters
-    function = make.__init__ if inspect.isclass(make) else make  # type: ignore[misc]
-    try:
-        hints = typing.get_type_hints(function)
-    except (NameError, TypeError):
-        hints = {}
-    named = {name: p for name, p in signature.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    return named, hints, any(p.kind is p.VAR_KEYWORD for p in signature.values())
+def parameters(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """Parameters of a factory, and their type hints.
+
+    A class that takes ``**options`` hands them to its parent, so the parent's parameters count too, up to the first class
+    of a framework, whose ``**kwargs`` lead nowhere.
+    """
+    named: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    for cls in inspect.getmro(make) if inspect.isclass(make) else (make,):
+        function = vars(cls).get("__init__") if inspect.isclass(cls) else cls
+        if function is None:
+            continue
+        signature = inspect.signature(function).parameters.values()
+        if function.__qualname__ in {"Module.__init__", "object.__init__"}:
+            break
+        for parameter in signature:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) and parameter.name != "self":
+                named.setdefault(parameter.name, parameter)
+        with contextlib.suppress(NameError, TypeError):  # hints that only a type checker can resolve
+            hints = {**typing.get_type_hints(function), **hints}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature):
+            break
+    return named, hints
 
 
 def check_options(where: str, make: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,11 +143,11 @@ def check_options(where: str, make: Callable[..., Any], options: Mapping[str, An
     """
     from pydantic import TypeAdapter, ValidationError
 
-    named, hints, anything = parameters(make)
-    offered = [name for name in named if name not in SIZES and name != "self"]
+    named, hints = parameters(make)
+    offered = [name for name in named if name not in SIZES]
     checked: dict[str, Any] = {}
     for key, value in options.items():
-        if key not in named and not anything:
+        if key not in named:
             if not offered:
                 raise PomonaError(f"{where} takes no options, but got {key}={value!r}")
             raise unknown(f"option of {where}", key, offered)
@@ -164,5 +178,5 @@ def make(slot: str, option: str | Option, **sizes: Any) -> Any:
     option = Option.parse(option)
     factory = catalog.load(catalog.entry(slot, option.name).make)
     options = check_options(f"{slot}={option.name}", factory, option.options)
-    named, _, anything = parameters(factory)
-    return factory(**{k: v for k, v in sizes.items() if k in named or anything}, **options)
+    named, _ = parameters(factory)
+    return factory(**{k: v for k, v in sizes.items() if k in named}, **options)

@@ -86,22 +86,14 @@ def test_ucr_series():
     assert task.inputs.kind == "series" and task.inputs.shape == (1, 150)
     assert len(task.splits["test"]) == 150 and task.outputs.size == 2
     assert load("ucr:BasicMotions").inputs.shape == (6, 100)
-    with pytest.raises(PomonaError, match=r"ucr='Gunpiont' is not known; did you mean GunPoint\?"):
+    with pytest.raises(PomonaError, match=r"ucr='Gunpiont' is not known; did you mean GunPoint"):
         load("ucr:Gunpiont")
 
 
-def test_every_ucr_problem_of_equal_length_loads():
+def test_every_ucr_problem_loads():
     pytest.importorskip("aeon", exc_type=ImportError)
-    loaded = []
     for name in ucr_names():
-        try:
-            task = load(f"ucr:{name}")
-        except PomonaError as error:
-            assert "different lengths" in str(error)
-        else:
-            loaded.append(name)
-            assert all(torch.isfinite(split.x).all() for split in task.splits.values())
-    assert len(loaded) >= 8
+        assert all(torch.isfinite(split.x).all() for split in load(f"ucr:{name}").splits.values())
 
 
 def test_ts_files(tmp_path):

@@ -64,7 +64,7 @@ def test_train_and_test_folders_are_kept_apart(tmp_path):
             for i in range(n):
                 save(tmp_path / part / label / f"{i}.png")
     sizes = {part: len(split) for part, split in load(tmp_path, image_size=4).splits.items()}
-    assert sizes == {"train": 19, "valid": 5, "test": 8} or sizes["test"] == 8 and sum(sizes.values()) == 32
+    assert sizes["test"] == 8 and sizes["train"] + sizes["valid"] == 24 and sizes["valid"] in (4, 5)
 
 
 def test_a_folder_without_images_is_said(tmp_path):

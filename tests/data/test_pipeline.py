@@ -27,8 +27,12 @@ def test_columns_tell_the_slices_of_the_row():
     task = load(frame(), "churn")
     kinds = [(column.name, column.kind, column.width) for column in task.inputs.columns]
     assert kinds == [
-        ("age", "number", 2), ("city", "category", 1), ("joined", "date", 5), ("member", "binary", 1), ("note", "text", 5),
-    ]  # fmt: skip
+        ("age", "number", 2),
+        ("city", "category", 1),
+        ("joined", "date", 5),
+        ("member", "binary", 1),
+        ("note", "text", 5),
+    ]
     assert sum(column.width for column in task.inputs.columns) == task.inputs.shape[0]
     city = task.splits["train"].x[:, 2]
     assert set(city.tolist()) == {1.0, 2.0, 3.0}

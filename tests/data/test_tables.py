@@ -9,7 +9,7 @@ import pytest
 from pomona.data.tables import plain_frame, read_table
 from pomona.errors import PomonaError
 
-FRAME = pd.DataFrame({"a": [1, 2, 3], "b": [0.5, 1.5, 2.5], "c": ["x", "y, z", "w"]})
+FRAME = pd.DataFrame({"a": [1, 2, 3], "b": [0.5, 1.5, 2.5], "c": ["x", "y, z", "w"]}).astype({"c": object})
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -27,6 +27,11 @@ def test_a_decimal_comma_is_found(tmp_path):
     frame, notes = read_table(tmp_path / "t.csv")
     assert frame["a"].tolist() == [1.5, 2.25]
     assert "a comma is the decimal sign" in notes
+
+
+def test_an_end_of_file_mark_is_no_cell(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"a,b\n1,2\n3,4.5\x1a")
+    assert read_table(tmp_path / "t.csv")[0]["b"].tolist() == [2, 4.5]
 
 
 def test_gzip_is_read(tmp_path):

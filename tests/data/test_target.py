@@ -15,8 +15,12 @@ def column(values):
     ("values", "kind"),
     [
         (["a", "b"], "classes"),
+        (list("abcdefgh"), "classes"),
         ([True, False], "classes"),
-        ([0, 1, 2], "classes"),
+        ([0, 1, 2] * 4, "classes"),
+        ([0, 1, 2], "number"),
+        (list(range(20)) * 4, "classes"),
+        (list(range(21)) * 9, "number"),
         ([1.0, 2.0], "classes"),
         (range(21), "number"),
         ([0.5, 1.0], "number"),
@@ -27,7 +31,7 @@ def test_the_kind_is_inferred(values, kind):
 
 
 def test_the_kind_can_be_said():
-    assert target_kind(column([0, 1, 2]), "number") == "number"
+    assert target_kind(column([0, 1]), "number") == "number"
     assert target_kind(column(range(50)), "category") == "classes"
     with pytest.raises(PomonaError, match=r"types\['t'\]='date' is not known"):
         target_kind(column([0]), "date")
@@ -35,6 +39,9 @@ def test_the_kind_can_be_said():
 
 def test_a_target_is_found_by_its_usual_names():
     assert find_target(["a", "Label"], None) == "Label"
+    assert find_target(["a", "class"], None) == "class"
+    with pytest.raises(PomonaError, match="say which column"):
+        find_target(["class", "survived"], None)
     with pytest.raises(PomonaError, match=r"say which column is the target: target=... with one of a, b"):
         find_target(["a", "b"], None)
     with pytest.raises(PomonaError, match=r"target='chrun' is not known; did you mean churn\?"):
@@ -93,7 +100,9 @@ def test_bad_targets_are_named():
         TargetCoder.of_classes(column(["a"] * 20))
     with pytest.raises(PomonaError, match=r"target 't' is constant \(2 in all training rows\)"):
         TargetCoder.of_numbers(["t"], np.full((4, 1), 2.0), np.arange(4))
-    with pytest.raises(PomonaError, match=r"target 't' has 10,000 classes in 10,000 rows; is it an identifier\?"):
+    with pytest.raises(
+        PomonaError, match=r"target 't' has 10,000 classes in 10,000 rows; is it an identifier or free text\?"
+    ):
         TargetCoder.of_classes(column([f"c{i}" for i in range(10_000)]))
     with pytest.raises(PomonaError, match=r"target 't' has 1 classes that the training table lacks \('z'\)"):
         TargetCoder.of_classes(column(["a", "b"] * 3)).encode(column(["a", "z"]))

@@ -32,7 +32,7 @@ def test_batches_are_windows_and_their_successors():
 def test_every_window_can_be_drawn():
     text = characters("abcdefghij" * 5)
     x, _ = text.batches("test", 400, 3, torch.Generator().manual_seed(0))
-    assert {text.decode(row) for row in x} == {"fgh", "ghi"} or set(x[:, 0].tolist()) == set(range(5, 7))
+    assert {text.decode(row) for row in x} == {"fgh", "ghi"}
 
 
 @pytest.mark.parametrize(

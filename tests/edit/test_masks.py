@@ -157,6 +157,20 @@ def test_masked_network_copies_saves_loads_and_folds_to_a_plain_one(name):
     torch.testing.assert_close(run(other, x), out)
 
 
+def test_copies_do_not_share_their_masks():
+    a = nn.LSTM(3, 4).double()
+    prune(a, density=0.5, include="weight_hh*")
+    b = copy.deepcopy(a)
+    prune(b, density=0.5, include="weight_ih*")
+    assert Masks(a).names() == ("weight_hh_l0",)
+    c = copy.deepcopy(b)
+    Masks(c).fold()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    torch.testing.assert_close(b(x)[0], c(x)[0])
+    assert not torch.allclose(a(x)[0], b(x)[0])
+    assert Masks(b).density == 0.5
+
+
 def test_masks_carry_to_other_weights():
     a, b = net(0), net(1)
     weight = b[0].weight.detach().clone()
@@ -166,7 +180,7 @@ def test_masks_carry_to_other_weights():
     assert torch.equal(b[0].weight, torch.where(mask, weight, 0))
 
 
-def test_masked_network_works_under_vmap_and_compiled_calls():
+def test_masked_network_works_under_vmap_and_on_an_empty_batch():
     model = net().eval()
     prune(model, density=0.3)
     x = torch.randn(4, 5, 6, dtype=torch.float64)

@@ -22,8 +22,9 @@ def problem(seed=0, n=60):
 def two_nets(make, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        a, b = make(), make()
-    return a, a.state_dict(), b.state_dict()
+        nets = make(), make()
+    a, b = ({name: value.clone() for name, value in net.state_dict().items()} for net in nets)
+    return nets[0], a, b
 
 
 def mlp():
@@ -76,7 +77,9 @@ def test_measures_of_a_path_with_a_known_bump():
 
     one = torch.ones(1, 1).double()
     # the loss is (w^2 - 1)^2: minima at -1 and 1, barrier 1 at 0
-    profile = linear_path(Scalar(0.0), {"w": one[0, 0] * -1}, {"w": one[0, 0]}, (one, one), loss_fn=lambda o, t: ((o**2 - t) ** 2).mean())
+    profile = linear_path(
+        Scalar(0.0), {"w": one[0, 0] * -1}, {"w": one[0, 0]}, (one, one), loss_fn=lambda o, t: ((o**2 - t) ** 2).mean()
+    )
     assert profile.barrier() == pytest.approx(1.0) == profile.bump_height
     assert profile.monotone_violations() > 0 and 0 < profile.convex_fraction < 1
     evaluate = Evaluator(Scalar(0.0), (one, one), loss_fn=lambda o, t: torch.exp(-((o - 0.0123) ** 2) * 400).mean())
@@ -126,7 +129,9 @@ def test_other_architectures(kind):
     net, a, b = two_nets(make)
     profile = linear_path(net, a, b, (x, y), test=(x, y))
     net.load_state_dict(b)
-    torch.testing.assert_close(profile.ends[1], F.cross_entropy(net.eval()(x), y).double().detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        profile.ends[1], F.cross_entropy(net.eval()(x), y).double().detach(), rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(profile.test_loss, profile.loss)
     assert len(profile.figure().data) == 2
 

@@ -62,7 +62,9 @@ def test_reading_of_a_task_a_pair_and_a_loader_agree_and_leave_the_network_as_it
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).train()
     net[1].eval()
     pair = Task.splits["train"]
-    readings = [neural_collapse(net, data) for data in (Task(), pair, [(pair[0][:7], pair[1][:7]), (pair[0][7:], pair[1][7:])])]
+    readings = [
+        neural_collapse(net, data) for data in (Task(), pair, [(pair[0][:7], pair[1][:7]), (pair[0][7:], pair[1][7:])])
+    ]
     assert isinstance(readings[0], Reading) and readings[0]["nc1"] == readings[0]["nc1@4"]
     for other in readings[1:]:
         assert other["nc2_of"] == pytest.approx(readings[0]["nc2_of"], rel=1e-5)

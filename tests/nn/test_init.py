@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ def rng(seed=0):
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.branch = FixupBranch(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        self.branch = FixupBranch(
+            *[m for _ in range(2) for m in (nn.Linear(width, width), nn.ReLU())], nn.Linear(width, width)
+        )
 
     def forward(self, x):
         return x + self.branch(x)
@@ -63,7 +66,7 @@ def test_he_std_is_sqrt_two_over_n_and_linear_slope_gives_lecun():
 
 def test_fan_in_and_fan_out_differ_by_the_ratio_of_first_and_last_width():
     sizes = (30, 50, 20, 40, 10)
-    net = nn.Sequential(*[m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())][:-1])
+    net = nn.Sequential(*[m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())][:-1])
 
     def product(mode):
         init_(net, mode=mode, generator=rng())
@@ -82,7 +85,9 @@ def test_he_agrees_with_torch_kaiming_normal():
     for mode in ("fan_in", "fan_out"):
         net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 96, 3), nn.ReLU(), nn.Conv2d(96, 4, 3))
         init_(net, mode=mode, generator=rng())
-        theirs = nn.init.kaiming_normal_(torch.empty_like(net[2].weight), mode=mode, nonlinearity="relu", generator=rng(1))
+        theirs = nn.init.kaiming_normal_(
+            torch.empty_like(net[2].weight), mode=mode, nonlinearity="relu", generator=rng(1)
+        )
         assert net[2].weight.std().item() == pytest.approx(theirs.std().item(), rel=0.02)
 
 
@@ -117,8 +122,9 @@ def test_fixup_starts_as_identity_blocks_with_scaled_branches():
     x = torch.randn(5, 16, generator=rng(1))
     assert torch.equal(net[:-1](x), net[0](x))
     assert not net(x).any()
-    # L = 4 branches of m = 2 layers: L^(-1/2) = 1/2 of LeCun's (a bias, not an activation, stands before the layer)
-    assert net[2].branch.layers[0].weight.std().item() == pytest.approx(0.5 / 8, rel=0.05)
+    # L = 4 branches of m = 3 layers: L^(-1/4) times LeCun's for the first, He's for the one behind the ReLU
+    assert net[2].branch.layers[0].weight.std().item() == pytest.approx(0.5**0.5 / 8, rel=0.05)
+    assert net[2].branch.layers[2].weight.std().item() == pytest.approx(1 / 8, rel=0.05)
 
 
 def test_act_overrides_the_activation_that_was_found():

@@ -119,7 +119,9 @@ def test_objective_gradient():
     names = [name for name, _ in net.named_parameters()]
 
     def objective(*parts):
-        return torch.func.functional_call(Objective(net), dict(zip([f"net.{n}" for n in names], parts, strict=True)), ())
+        return torch.func.functional_call(
+            Objective(net), dict(zip([f"net.{n}" for n in names], parts, strict=True)), ()
+        )
 
     assert torch.autograd.gradcheck(objective, [p.detach().requires_grad_() for p in net.parameters()])
 

@@ -18,9 +18,7 @@ def conv_net(width=32):
     return nn.Sequential(*layers, nn.Conv2d(width, width, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-@pytest.mark.parametrize(
-    ("z_dim", "d", "n_in", "n_out", "k", "layers"), [(64, 64, 16, 16, 3, 5), (4, 7, 3, 2, 5, 1)]
-)
+@pytest.mark.parametrize(("z_dim", "d", "n_in", "n_out", "k", "layers"), [(64, 64, 16, 16, 3, 5), (4, 7, 3, 2, 5, 1)])
 def test_static_parameter_count(z_dim, d, n_in, n_out, k, layers):
     hyper = KernelHyperNet(z_dim, d, n_in, n_out, k)
     convs = nn.ModuleList(HyperConv2d(n_in, n_out, k, hyper=hyper, bias=False) for _ in range(layers))

@@ -73,9 +73,7 @@ def test_sample_init_asks_for_reset_when_a_module_has_none():
 
 
 def test_specs_tell_role_axes_and_fans():
-    net = nn.Sequential(
-        nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6, 2), nn.Embedding(9, 3)
-    )
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6, 2), nn.Embedding(9, 3))
     spec = {s.name: s for s in WeightSpace(net).specs}
     assert spec["0.weight"].axes == ("out", "in", "height", "width")
     assert (spec["0.weight"].fan_in, spec["0.weight"].fan_out) == (36, 54)

@@ -73,9 +73,7 @@ def test_a_record_and_its_weights_come_back_as_they_were(zoo):
     assert found.created == record.created != ""
     loaded = zoo.state(identity)
     assert loaded.keys() == saved.keys()
-    assert all(
-        torch.equal(loaded[name], saved[name]) and loaded[name].dtype == saved[name].dtype for name in saved
-    )
+    assert all(torch.equal(loaded[name], saved[name]) and loaded[name].dtype == saved[name].dtype for name in saved)
 
 
 def test_the_same_unit_is_stored_once(zoo):
@@ -206,12 +204,11 @@ def test_two_processes_write_one_zoo(tmp_path):
     assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
     with Zoo(location) as zoo:
         for who in ("a", "b", "shared"):
-            assert [
-                record.index for record in sorted(zoo.records(candidate=who), key=lambda r: r.index)
-            ] == list(range(50))
+            assert [record.index for record in sorted(zoo.records(candidate=who), key=lambda r: r.index)] == list(
+                range(50)
+            )
         assert all(
-            torch.equal(zoo.state(r.id)["w"], torch.full((8,), float(r.index)))
-            for r in zoo.records(candidate="a")
+            torch.equal(zoo.state(r.id)["w"], torch.full((8,), float(r.index))) for r in zoo.records(candidate="a")
         )
         assert all(len(zoo.state(record.id)["w"]) == 8 for record in zoo.records(candidate="shared"))
         assert len(files(zoo)) == 150

@@ -52,7 +52,7 @@ def bilinear_mlp(scale: Scale, seeds: Sequence[int]) -> Comparison:
         )
         details[name] = {arm: outcome.summary() for arm, outcome in outcomes.items()}
         for arm in ("bilinear", "bilinear without noise"):
-            nets = [fit.net for fit in outcomes[arm].fits]
+            nets = [fit.net for fit in outcomes[arm].fits if isinstance(fit.net, BilinearNet)]
             cosines = [float(similarity(a, b).mean()) for a, b in itertools.combinations(nets, 2)]
             details[name][arm]["cosine between seeds"] = sum(cosines) / max(len(cosines), 1)
     best = outcomes["bilinear"]

@@ -56,7 +56,7 @@ def train_characters(
         net.train()
         for step in range(1, steps + 1):
             start = time.perf_counter()
-            x, y = text.batch("train", batch, length, generator)
+            x, y = text.batches("train", batch, length, generator)
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(_logits(net(x)).flatten(0, 1), y.flatten()).backward()
             nn.utils.clip_grad_norm_(net.parameters(), clip)

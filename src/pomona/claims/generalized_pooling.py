@@ -18,8 +18,8 @@ from pomona.train.loop import Fit
 from pomona.train.settings import Training
 
 SIZES: dict[Scale, dict[str, Any]] = {
-    "smoke": {"limit": 300, "channels": 4, "epochs": 1},
-    "full": {"limit": 4000, "channels": 12, "epochs": 6},
+    "smoke": {"limit": 200, "channels": 4, "epochs": 1},
+    "full": {"limit": 2000, "channels": 8, "epochs": 6},
     "gpu": {"limit": 60000, "channels": 32, "epochs": 12},
 }
 KINDS = {
@@ -30,6 +30,8 @@ KINDS = {
     "tree": ["tree", "tree"],
     "tree, gated": ["tree", "gated"],
 }
+MOVED = 1000
+"""How many test images are moved."""
 MOVES = {"rotate": (-30, -15, 15, 30), "shift_x": (-3, 3), "shift_y": (-3, 3)}
 
 
@@ -42,7 +44,7 @@ def generalized_pooling(scale: Scale, seeds: Sequence[int]) -> Comparison:
     to 30 degrees or shifted by 3 pixels.
     """
     sizes = SIZES[scale]
-    arms = {name: Arm(_maker(sizes["channels"], kinds), Training()) for name, kinds in KINDS.items()}
+    arms = {name: Arm(_maker(sizes["channels"], kinds), Training(batch_size=32)) for name, kinds in KINDS.items()}
     outcomes = compare_arms(
         arms,
         load("fashion_mnist", limit=sizes["limit"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from pomona.data.task import Split, Task
 from pomona.nets.specs import Inputs, Outputs
 from pomona.nn.quadratic import QuadraticLinear, ReLinear
 from pomona.train.budget import Budget
+from pomona.train.loop import Fit
 from pomona.train.settings import Training
 
 SIZES: dict[Scale, dict[str, Any]] = {
-    "smoke": {"depths": [3], "epochs": 1, "rings": 200},
-    "full": {"depths": [3, 6, 10], "epochs": 20, "rings": 2000},
-    "gpu": {"depths": [3, 6, 10, 20], "epochs": 40, "rings": 2000},
+    "smoke": {"depths": [3], "epochs": 1, "rings": 400},
+    "full": {"depths": [3, 6, 10], "epochs": 20, "rings": 4000},
+    "gpu": {"depths": [3, 6, 10, 20], "epochs": 40, "rings": 4000},
 }
 WIDTH = 32
 QUADRATIC = ("weight_g", "bias_g", "weight_b", "bias_b")
@@ -40,12 +42,16 @@ def quadratic_neuron(scale: Scale, seeds: Sequence[int]) -> Comparison:
     task = load("digits")
     details: dict[str, Any] = {}
     for depth in sizes["depths"]:
+        arms = _arms(64, 10, depth, WIDTH)
+        if depth < sizes["depths"][-1]:
+            arms = {name: arms[name] for name in ("linear", "relinear", "kaiming")}
         outcomes = compare_arms(
-            _arms(64, 10, depth, WIDTH),
+            arms,
             task,
             seeds,
             budget=Budget("epochs", sizes["epochs"]),
             settings=grid(lr=[0.01, 0.03]),
+            score=_score,
         )
         details[f"depth {depth}"] = {name: outcome.summary() for name, outcome in outcomes.items()}
         log.info("depth %d: %s", depth, details[f"depth {depth}"])
@@ -55,6 +61,7 @@ def quadratic_neuron(scale: Scale, seeds: Sequence[int]) -> Comparison:
         seeds,
         budget=Budget("epochs", sizes["epochs"]),
         settings=grid(lr=[0.01, 0.03]),
+        score=_score,
     )
     details["rings"] = {name: outcome.summary() for name, outcome in rings.items()}
     return Comparison(
@@ -101,7 +108,7 @@ def _arms(inputs: int, outputs: int, depth: int, width: int) -> dict[str, Arm]:
 def mlp(make: Linear, sizes: Sequence[int]) -> nn.Sequential:
     """Layers of the given sizes with ReLU between them, the last one linear in every arm."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for i, o in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for i, o in pairwise(sizes[:-1]):
         layers += [make(i, o), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
@@ -111,7 +118,7 @@ def wider(inputs: int, outputs: int, depth: int, width: int) -> int:
 
     def count(size: int, factor: int) -> int:
         sizes = [inputs, *[size] * depth]
-        hidden = sum((i + 1) * o for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        hidden = sum((i + 1) * o for i, o in pairwise(sizes))
         return factor * hidden + (size + 1) * outputs
 
     return min(range(width, 4 * width), key=lambda size: abs(count(size, 1) - count(width, 3)))
@@ -119,7 +126,7 @@ def wider(inputs: int, outputs: int, depth: int, width: int) -> int:
 
 def clip_by_group(grads: dict[str, Tensor], step: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Clip the gradients of the linear and of the quadratic terms to norm 1, each by itself."""
-    clipped = {}
+    clipped: dict[str, Tensor] = {}
     for quadratic in (False, True):
         group = {name: g for name, g in grads.items() if name.endswith(QUADRATIC) is quadratic}
         if group:
@@ -128,12 +135,18 @@ def clip_by_group(grads: dict[str, Tensor], step: int, generator: torch.Generato
     return clipped
 
 
+@torch.no_grad()
+def _score(fit: Fit, task: Task) -> dict[str, float]:
+    """Test accuracy, and whether training ended in numbers that are not finite."""
+    x, y = task.splits["test"]
+    accuracy = float((fit.net(x).argmax(1) == y).float().mean())
+    return {"accuracy": accuracy, "diverged": float(fit.stopped == "diverged")}
+
+
 def _rings(seed: int, count: int) -> Task:
-    x, y = make_circles(2 * count, noise=0.1, factor=0.5, random_state=seed)
-    parts = zip(
-        torch.tensor(x).float().tensor_split((count // 2, count)),
-        torch.tensor(y).tensor_split((count // 2, count)),
-        strict=True,
-    )
+    """Two noisy rings: a quarter of the points each to train and validate, half to test."""
+    x, y = make_circles(count, noise=0.1, factor=0.5, random_state=seed)
+    cuts = (count // 4, count // 2)
+    parts = zip(torch.tensor(x).float().tensor_split(cuts), torch.tensor(y).tensor_split(cuts), strict=True)
     splits = {name: Split(*part) for name, part in zip(("train", "valid", "test"), parts, strict=True)}
-    return Task("rings", Inputs("vector", (2,)), Outputs("classes", 2), splits)
+    return Task("rings", Inputs("table", (2,)), Outputs("classes", 2), splits)

@@ -135,7 +135,7 @@ class BinaryEncoder:
 
 def _codes(text: pd.Series, levels: list[str]) -> np.ndarray:
     """Positions of ``text`` among ``levels`` as floats; nan where it is not among them."""
-    code = pd.Index(levels, dtype=object).get_indexer(text).astype(float)
+    code = pd.Index(levels, dtype=object).get_indexer(pd.Index(text)).astype(float)
     return np.where(code < 0, np.nan, code)
 
 
@@ -167,7 +167,7 @@ class CategoryEncoder:
 
     def encode(self, values: pd.Series, folder: Path) -> np.ndarray:
         """Codes (n, 1)."""
-        code = pd.Index(self.levels, dtype=object).get_indexer(labels(values)) + 1
+        code = pd.Index(self.levels, dtype=object).get_indexer(pd.Index(labels(values))) + 1
         return code[:, None].astype(np.float32)
 
 

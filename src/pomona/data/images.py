@@ -32,7 +32,7 @@ def read_images(
         PomonaError: naming the first file that is missing or not an image.
     """
     if channels is None:
-        channels = 1 if paths and all(_open(path).mode in _GRAY for path in paths[:50]) else 3
+        channels = 1 if paths and all(_is_gray(path) for path in paths[:50]) else 3
     out = np.empty((len(paths), channels, size, size), np.uint8)
     for row, path in enumerate(paths):
         out[row] = _read(path, size, channels)
@@ -41,12 +41,17 @@ def read_images(
     return out
 
 
+def _is_gray(path: Path) -> bool:
+    with _open(path) as image:
+        return image.mode in _GRAY
+
+
 def _open(path: Path) -> Image.Image:
     try:
         return Image.open(path)
     except FileNotFoundError as error:
         raise PomonaError(f"image {str(path)!r} is not there") from error
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise PomonaError(f"image {str(path)!r} cannot be read; mend or remove it") from error
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pomona.data.pipeline import Pipeline, fit_encoders
 from pomona.data.sources import Progress, Source, open_source, retarget
 from pomona.data.target import TargetCoder, clean_target, target_kind
 from pomona.data.task import Split, Task
-from pomona.data.types import Inferred, date_format, labels, to_date, to_number
+from pomona.data.types import Inferred, date_format, labels, parse_number, to_date, to_number
 from pomona.errors import PomonaError, unknown
 
 
@@ -44,9 +45,9 @@ def load(
         source: a built-in name (``digits``, ``ucr:GunPoint``, ...), a CSV, TSV, Parquet or ``.npz`` file, a folder
             with a subfolder of images a class, a DataFrame, a pair (X, y) of arrays or tensors, or a Bunch.
         target: the target's column, or several columns of numbers.
-        test: a source like the first whose rows are the test split.
+        test: a source like the first whose rows are the test split; each of its classes must occur in the first.
         group: a column whose values do not straddle splits; it is not an input.
-        time: a column by which the latest rows are the test split.
+        time: a column by which the latest rows are the test split; it stays an input, unless dropped.
         types: kinds of columns that are not to be inferred: ``number``, ``binary``, ``category``, ``date``, ``text``,
             ``image`` or ``drop``; for the target ``category`` or ``number``.
         metric: the metric to rank by; accuracy or rmse by default.
@@ -65,10 +66,8 @@ def load(
     held = opened.test
     if test is not None:
         has_target = isinstance(test, (str, Path, pd.DataFrame))
-        try:
+        with _errors_say("test"):
             held = _open(test, list(opened.target) if has_target else None, data_dir, image_size, progress)
-        except PomonaError as error:
-            raise PomonaError(f"test: {error}") from error
     types, notes = dict(types or {}), list(opened.notes)
     _check_columns(opened, types, group, time, drop)
     if held is not None and (group is not None or time is not None):
@@ -77,15 +76,19 @@ def load(
     kind, opened = _clean(opened, types, notes)
     _check_metric(metric, kind)
     opened = _limit(opened, limit, seed, time, notes)
+    coder = TargetCoder.of_classes(opened.target.iloc[:, 0]) if kind == "classes" else None
     rows = _split(opened, kind, group, time, held is not None, seed)
     if progress is not None:
         progress("fitting the preprocessing")
-    pipeline, columns = _fit(opened, kind, rows["train"], types, [*drop, *([group] if group else [])], image_size)
+    types.update(dict.fromkeys([*drop, *([group] if group else [])], "drop"))
+    pipeline, columns = _fit(opened, coder, rows["train"], types, image_size)
     parts = {part: (opened, index) for part, index in rows.items()}
-    if held is not None:
-        held = _limit(_clean_like(held, kind, types, notes), limit, seed, None, notes)
-        parts["test"] = (held, np.arange(len(held)))
     made = {part: _make(pipeline, *chosen) for part, chosen in parts.items()}
+    if held is not None:
+        with _errors_say("test"):
+            held = _limit(_clean_like(held, kind, types, notes), limit, seed, None, notes)
+            parts["test"] = (held, np.arange(len(held)))
+            made["test"] = _make(pipeline, *parts["test"])
 
     frames = [where.target.iloc[index] for where, index in parts.values()]
     card = _card(opened, kind, pipeline, pd.concat(frames), made, columns, rows["train"], notes)
@@ -93,6 +96,15 @@ def load(
     task = Task(name or opened.name, pipeline.inputs, pipeline.outputs, made, pipeline, card, metric)
     task.extra["rows"] = {part: np.asarray(where.target.index[index]) for part, (where, index) in parts.items()}
     return task
+
+
+@contextlib.contextmanager
+def _errors_say(what: str) -> Iterator[None]:
+    """Put the name of the argument before the sentence of an error, so that its rows are looked for there."""
+    try:
+        yield
+    except PomonaError as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 def _open(source: Any, target: Any, data_dir: Any, image_size: int, progress: Progress | None) -> Source:
@@ -121,7 +133,9 @@ def _clean(source: Source, types: dict[str, str], notes: list[str]) -> tuple[str
     source.target = source.target.apply(clean_target, override=overrides[0])
     source = _drop_missing(source, notes)
     if len(source) < splits.FEWEST_ROWS:
-        raise PomonaError(f"{source.origin} has {len(source)} usable rows; at least {splits.FEWEST_ROWS} are needed")
+        raise PomonaError(
+            f"{source.origin} has {len(source)} rows with a target; at least {splits.FEWEST_ROWS} are needed"
+        )
     kinds = {target_kind(source.target.iloc[:, i], overrides[i]) for i in range(len(overrides))}
     if len(overrides) > 1 and kinds != {"number"}:
         kinds = {"number"} if all(map(pd.api.types.is_numeric_dtype, source.target.dtypes)) else kinds
@@ -133,7 +147,10 @@ def _clean(source: Source, types: dict[str, str], notes: list[str]) -> tuple[str
 def _clean_like(held: Source, kind: str, types: dict[str, str], notes: list[str]) -> Source:
     override = "number" if kind == "number" else types.get(str(held.target.columns[0]))
     held.target = held.target.apply(clean_target, override=override)
-    return _drop_missing(held, notes)
+    held = _drop_missing(held, notes)
+    if not len(held):
+        raise PomonaError(f"{held.origin} has no rows with a target")
+    return held
 
 
 def _drop_missing(source: Source, notes: list[str]) -> Source:
@@ -161,6 +178,8 @@ def _moments(source: Source, time: str) -> pd.Series:
     """The time column as something that can be sorted."""
     column = source.column(time)
     known = date_format(column)
+    if known is None and parse_number(column)[1].any():
+        raise PomonaError(f"time={time!r} cannot be read as dates or numbers")
     moments = to_number(column) if known is None else to_date(column, known)
     if moments.isna().any():
         raise PomonaError(f"time={time!r} has no value in {int(moments.isna().sum()):,} rows; leave these out")
@@ -187,21 +206,17 @@ def _split(
 
 
 def _fit(
-    source: Source, kind: str, train: np.ndarray, types: dict[str, str], drop: Sequence[str], image_size: int
+    source: Source, coder: TargetCoder | None, train: np.ndarray, types: dict[str, str], image_size: int
 ) -> tuple[Pipeline, dict[str, Inferred]]:
-    """The pipeline, from training rows alone; only the list of class labels is that of all rows."""
-    names = [str(column) for column in source.target]
-    if kind == "classes":
-        coder = TargetCoder.of_classes(source.target.iloc[:, 0])
-    else:
+    """The pipeline, from training rows alone; only the list of class labels (``coder``) is that of all rows."""
+    if coder is None:
+        names = [str(column) for column in source.target]
         values = np.stack([to_number(source.target[column]).to_numpy() for column in source.target], axis=1)
         coder = TargetCoder.of_numbers(names, values, train)
     if isinstance(source.inputs, np.ndarray):
         assert source.kind != "table"
         return Pipeline.fit_array(source.kind, source.inputs[train], coder), {}
-    frame = source.inputs.iloc[train]
-    types = {**types, **dict.fromkeys(drop, "drop")}
-    encoders, found = fit_encoders(frame, types, source.folder, image_size)
+    encoders, found = fit_encoders(source.inputs.iloc[train], types, source.folder, image_size)
     return Pipeline("table", coder, encoders), found
 
 

@@ -26,6 +26,8 @@ def probability_metrics(probability: np.ndarray, target: np.ndarray) -> dict[str
 
     AUROC is one-versus-rest, averaged over the classes that occur in ``target`` (nan when fewer than two do).
     """
+    if not np.isfinite(probability).all():  # a network that has diverged is not to be scored
+        return dict.fromkeys(CLASSIFICATION, float("nan"))
     n_classes = probability.shape[1]
     predicted = probability.argmax(axis=1)
     present = np.unique(target)

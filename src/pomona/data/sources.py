@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,8 @@ def _from_path(path: Path, target: str | Sequence[str] | None, image_size: int, 
 def _from_npz(path: Path) -> Source:
     if not path.is_file():
         raise missing_file(path, [item.name for item in path.parent.glob("*.npz")])
+    if not zipfile.is_zipfile(path):
+        raise PomonaError(f"file {path.name!r} is not an npz file; write it with numpy.savez")
     with np.load(path, allow_pickle=False) as arrays:
         by_lower = {name.lower(): name for name in arrays.files}
         if not {"x", "y"} <= set(by_lower):
@@ -149,6 +152,8 @@ def from_frame(
     wanted = [target] if target is None or isinstance(target, str) else target
     targets = [find_target(list(plain.columns), one) for one in wanted]
     inputs = plain.drop(columns=targets)
+    if target is None:
+        more.append(f"no target was named; {targets[0]!r} was taken for its name")
     return Source(name, origin, "table", inputs, plain[targets], notes=[*notes, *more])
 
 

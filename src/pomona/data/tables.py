@@ -94,7 +94,7 @@ def _decode(data: bytes, name: str) -> tuple[str, list[str]]:
     if b"\0" in data[:10_000]:
         raise PomonaError(f"file {name!r} is not text; save the table as CSV or Parquet")
     try:
-        return data.decode("utf-8-sig"), []
+        return data.decode("utf-8-sig").rstrip("\x1a"), []  # an old end-of-file mark is no cell
     except UnicodeDecodeError:
         return data.decode("cp1252", errors="replace"), ["the file is not UTF-8; it was read as Windows-1252"]
 

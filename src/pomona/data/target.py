@@ -16,16 +16,17 @@ from pomona.nets.specs import Outputs
 
 MOST_INTEGER_CLASSES = 20
 MOST_CLASSES = 1000
-TARGET_NAMES = ("target", "label", "class", "y")
+TARGET_NAMES = ("target", "label", "y")
 
 
 def find_target(columns: list[str], target: str | None) -> str:
-    """The target's column; without a name, the one column called target, label, class or y."""
+    """The target's column; without a name, the one called target, label or y, or a last one called class."""
     if target is not None:
         if target not in columns:
             raise unknown("target", target, columns)
         return target
     likely = [column for column in columns if column.lower() in TARGET_NAMES]
+    likely = likely or [column for column in columns[-1:] if column.lower() == "class"]
     if len(likely) == 1:
         return likely[0]
     shown = ", ".join(columns[:12]) + (", ..." if len(columns) > 12 else "")
@@ -55,7 +56,7 @@ def clean_target(target: pd.Series, override: str | None = None) -> pd.Series:
 
 
 def target_kind(target: pd.Series, override: str | None = None) -> Literal["classes", "number"]:
-    """Classes for strings, booleans and at most 20 distinct integers; a number otherwise.
+    """Classes for strings, booleans and at most 20 distinct integers, each in four rows on average; else a number.
 
     Args:
         target: the column, without missing rows.
@@ -69,7 +70,8 @@ def target_kind(target: pd.Series, override: str | None = None) -> Literal["clas
     if not pd.api.types.is_numeric_dtype(target) or pd.api.types.is_bool_dtype(target):
         return "classes"
     whole = bool((target == target.round()).all())
-    return "classes" if whole and target.nunique() <= MOST_INTEGER_CLASSES else "number"
+    most = min(MOST_INTEGER_CLASSES, max(2, len(target) // 4))
+    return "classes" if whole and target.nunique() <= most else "number"
 
 
 @dataclass
@@ -111,7 +113,9 @@ class TargetCoder:
                 "there is nothing to learn"
             )
         if count > MOST_CLASSES or count > max(0.5 * len(target), 2):
-            advice = f"is it an identifier? For a number say types={{{name!r}: 'number'}}"
+            advice = "is it an identifier or free text? Name another column, or fold rare classes together"
+            if pd.api.types.is_numeric_dtype(target):
+                advice = f"for a number say types={{{name!r}: 'number'}}"
             raise PomonaError(f"target {name!r} has {count:,} classes in {len(target):,} rows; {advice}")
         label: Literal["str", "int", "bool"] = "str"
         if pd.api.types.is_bool_dtype(target):
@@ -144,7 +148,7 @@ class TargetCoder:
                 target = to_number(target).to_numpy(float)
             return torch.from_numpy(np.asarray(target, np.float32).reshape(len(target), -1))
         text = labels(pd.Series(target))
-        codes = pd.Index(self.names).get_indexer(text)
+        codes = pd.Index(self.names).get_indexer(pd.Index(text))
         if (codes < 0).any():
             unseen = sorted(set(text[codes < 0].astype(str)))
             shown = ", ".join(repr(name) for name in unseen[:5]) + (", ..." if len(unseen) > 5 else "")

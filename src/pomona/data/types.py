@@ -35,10 +35,11 @@ def labels(column: pd.Series) -> pd.Series:
     """Values as strings, missing kept missing; a whole number is written alike as integer and as float."""
     if pd.api.types.is_bool_dtype(column) or not pd.api.types.is_numeric_dtype(column):
         text = column.astype(object)
-        return text.where(text.isna(), text.map(_label)) if len(text) else text
+        return text.where(text.isna(), text.map(_label).astype(object))
     values, codes = np.unique(column.to_numpy(), return_inverse=True)
     names = np.array([_label(value) for value in values.tolist()] or [""], dtype=object)
-    return pd.Series(names[codes.reshape(-1)], index=column.index, name=column.name).where(column.notna(), None)
+    text = pd.Series(names[codes.reshape(-1)], index=column.index, name=column.name, dtype=object)
+    return text.where(column.notna(), None)
 
 
 def _label(value: object) -> str:

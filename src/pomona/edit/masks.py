@@ -113,6 +113,7 @@ class Masks:
         if present is not None:
             present.mask.copy_(mask)
         else:
+            _own_class(module)
             parametrize.register_parametrization(module, leaf, Mask(mask.clone(), _parameter_order(module)))
             _hook_recurrent(module)
         with torch.no_grad():  # a pruned weight is zero underneath as well, so that weight decay leaves it there
@@ -182,6 +183,7 @@ class Masks:
         """Make the zeros permanent and take the parametrizations away; gives back the network, now plain."""
         for name, found in self._found().items():
             module, leaf = _owner(self.net, name)
+            _own_class(module)
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
             own = module._parameters
             for other in found.order:
@@ -212,6 +214,14 @@ def _mask_of(module: nn.Module, leaf: str) -> Mask | None:
         return None
     chain = module.parametrizations[leaf]  # type: ignore[index, union-attr]
     return next((part for part in chain if isinstance(part, Mask)), None)  # type: ignore[union-attr]
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own: copies share one, which changing one of them would spoil."""
+    if parametrize.is_parametrized(module):
+        cls = type(module)
+        content = {key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__")}
+        module.__class__ = type(cls.__name__, cls.__bases__, content)
 
 
 def _parameter_order(module: nn.Module) -> tuple[str, ...]:

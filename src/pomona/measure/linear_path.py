@@ -88,7 +88,7 @@ class Evaluator:
         if not self.total:
             raise PomonaError("data is empty; a loss needs at least one example")
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self.loss_fn: Loss = loss_fn or getattr(data, "loss", F.cross_entropy)
+        self.loss_fn: Loss = loss_fn if loss_fn is not None else getattr(data, "loss", F.cross_entropy)
         self.statistics = self.batches if statistics is None else statistics
         self.norms = [m for m in self.net.modules() if isinstance(m, NORMS) and m.track_running_stats]
         if batchnorm == "interpolate":
@@ -307,9 +307,7 @@ def triangle(
         margin: how far the plane reaches beyond [0, 1].
     """
     u = torch.linspace(-margin, 1 + margin, grid, dtype=torch.float64)
-    points = [
-        combine((1 - b - c, theta_1), (b, theta_2), (c, theta_3)) for c in u.tolist() for b in u.tolist()
-    ]
+    points = [combine((1 - b - c, theta_1), (b, theta_2), (c, theta_3)) for c in u.tolist() for b in u.tolist()]
     return Plane(u, u, evaluate(points)[0].unflatten(0, (grid, grid)))
 
 

@@ -218,15 +218,11 @@ def neural_collapse(
         raise PomonaError("layers: the network has no nn.Linear that was used; name the layers to read")
     classes, predictions = logits.shape[1], logits.argmax(1)
     table = {
-        name: nc_metrics(
-            h, labels, weights.get(name), predictions=predictions, lengths=lengths, classes=classes
-        )
+        name: nc_metrics(h, labels, weights.get(name), predictions=predictions, lengths=lengths, classes=classes)
         for name, h in features.items()
     }
     last = next(name for name in reversed(table))
     values = dict(table[last]) | {f"{key}@{name}": v for name, row in table.items() for key, v in row.items()}
     names = list(table)
-    series = {
-        key: (names, [table[name].get(key) for name in names]) for key in table[last] if key != "nc4"
-    }
+    series = {key: (names, [table[name].get(key) for name in names]) for key in table[last] if key != "nc4"}
     return Reading(values, lines(series, x_title="layer", y_title="distance from collapse", log_y=True))

@@ -144,7 +144,12 @@ def residual_walk(evaluate: Evaluator, checkpoints: Sequence[State], *, alphas: 
 
 
 def residual_plane(
-    evaluate: Evaluator, checkpoints: Sequence[State], t: int, *, alphas: Tensor | None = None, betas: Tensor | None = None
+    evaluate: Evaluator,
+    checkpoints: Sequence[State],
+    t: int,
+    *,
+    alphas: Tensor | None = None,
+    betas: Tensor | None = None,
 ) -> Tensor:
     """Loss ``(len(betas), len(alphas))`` at ``theta_0 + alpha d + beta r_t``; training at time t is at beta = 1."""
     alphas = default_alphas() if alphas is None else alphas.double()
@@ -165,7 +170,8 @@ def gradient_alignment(evaluate: Evaluator, checkpoints: Sequence[State]) -> Ten
 
         def loss(weights: State, fixed: State = fixed) -> Tensor:
             terms = (
-                evaluate.loss_fn(functional_call(evaluate.net, {**weights, **fixed}, (x,)), y) * (len(y) / evaluate.total)
+                evaluate.loss_fn(functional_call(evaluate.net, {**weights, **fixed}, (x,)), y)
+                * (len(y) / evaluate.total)
                 for x, y in evaluate.batches
             )
             return torch.stack(list(terms)).sum()

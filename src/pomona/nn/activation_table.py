@@ -184,8 +184,8 @@ def swap_activation(
             widths = [0.5 if isinstance(m, nn.GLU) else getattr(m, "out_factor", 1.0) for m in (module, new)]
             if widths[0] != widths[1]:
                 raise PomonaError(
-                    f"act={name!r} multiplies the width by {widths[1]:g} and {path or 'net'} by {widths[0]:g}; the layer "
-                    "after it would not fit: build the network with it instead"
+                    f"act={name!r} multiplies the width by {widths[1]:g} and {path or 'net'} by {widths[0]:g}; the "
+                    "layer after it would not fit: build the network with it instead"
                 )
             count += 1
             return new

@@ -73,6 +73,14 @@ class _Walk:
     def __init__(self, net: nn.Module, graph: fx.Graph) -> None:
         self.modules = dict(net.named_modules())
         self.nodes = list(graph.nodes)
+        # all that a node is computed from, parameters left out; empty where it does not depend on the input
+        self.upstream: dict[fx.Node, set[fx.Node]] = {}
+        for node in self.nodes:
+            above = set().union(*(self.upstream[source] for source in node.all_input_nodes))
+            self.upstream[node] = above | {node} if above or node.op == "placeholder" else set()
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        return [source for source in node.all_input_nodes if self.upstream[source]]
 
     def module(self, node: fx.Node) -> nn.Module | None:
         return self.modules[str(node.target)] if node.op == "call_module" else None
@@ -107,13 +115,15 @@ class _Walk:
         module = self.module(node)
         if module is not None:
             return isinstance(module, _PASSING)
+        if node.target in _ADD:  # of a bias
+            return len(self.sources(node)) == 1
         return node.op in ("call_function", "call_method") and self.name(node) in _PASSING_NAMES
 
     def before(self, node: fx.Node) -> nn.Module | None:
         # a norm brings the mean square to 1 whatever came before it, so the walk back ends there
-        source = node.all_input_nodes[0]
+        source = self.sources(node)[0]
         while self.is_passing(source):
-            source = source.all_input_nodes[0]
+            source = self.sources(source)[0]
         return self.activation(source)
 
     def after(self, node: fx.Node) -> nn.Module | None:
@@ -159,8 +169,8 @@ def _in_module_order(net: nn.Module) -> dict[str, Neighbours]:
 def layer_neighbours(net: nn.Module) -> dict[str, Neighbours]:
     """For each ``nn.Linear`` and convolution, by name, the activation before it and the one after it.
 
-    The graph of ``torch.fx`` is walked through dropout, pooling, reshaping and (forwards only) norms; where
-    the network cannot be traced the order of ``named_modules`` stands in. Activations called as functions are
+    The graph of ``torch.fx`` is walked through dropout, pooling, reshaping, added biases and (forwards only) norms.
+    Where the network cannot be traced the order of ``named_modules`` stands in. Activations called as functions are
     recognised by name in the graph. A layer that is called more than once counts by its first call.
     """
     in_order = _in_module_order(net)
@@ -186,16 +196,14 @@ def residual_branches(net: nn.Module) -> list[list[str]]:
     if graph is None:
         return []
     walk = _Walk(net, graph)
-    upstream: dict[fx.Node, set[fx.Node]] = {}
     branches: list[list[str]] = []
     for node in walk.nodes:
-        inputs = node.all_input_nodes
-        upstream[node] = {node}.union(*(upstream[source] for source in inputs))
+        inputs = walk.sources(node)
         if len(inputs) != 2 or not (node.op == "call_module" or node.target in _ADD):
             continue
-        shared = upstream[inputs[0]] & upstream[inputs[1]]
+        shared = walk.upstream[inputs[0]] & walk.upstream[inputs[1]]
         sides = [
-            [str(n.target) for n in walk.nodes if n in upstream[source] - shared and walk.is_layer(n)]
+            [str(n.target) for n in walk.nodes if n in walk.upstream[source] - shared and walk.is_layer(n)]
             for source in inputs
         ]
         branch = sides[0] if len(sides[0]) > len(sides[1]) else sides[1]

@@ -70,6 +70,10 @@ def standardize(x: Tensor, dims: int | Sequence[int] = -1, eps: float = 1e-5) ->
     Works under ``vmap``, forward and double differentiation; half precision is computed in float32.
     """
     axes = (dims,) if isinstance(dims, int) else tuple(dims)
+    if torch.compiler.is_compiling():
+        # the compiler derives and fuses the backward itself, and does not take a custom jvp
+        z = _upcast(x) - _upcast(x).mean(axes, keepdim=True)
+        return (z * torch.rsqrt(z.square().mean(axes, keepdim=True) + eps)).to(x.dtype)
     return _Standardize.apply(_upcast(x), axes, eps)[0].to(x.dtype)
 
 

@@ -45,7 +45,7 @@ def invariance_table(kind: str, *, seed: int = 0) -> dict[str, bool]:
 
     - ``weight_matrix_scale``: W -> 1.7 W.   ``weight_matrix_shift``: W -> W + 1 c^T, one c added to all rows.
     - ``weight_vector_scale``: each row of W by a factor of its own.
-    - ``dataset_scale``: x -> 1.7 x.   ``dataset_shift``: x -> x + c.   ``example_scale``: each x by a factor of its own.
+    - ``dataset_scale``: x -> 1.7 x.   ``dataset_shift``: x -> x + c.   ``example_scale``: each x by its own.
 
     Args:
         kind: a norm of ``NORMS`` other than 'instance', or 'weight' for weight norm.

@@ -86,7 +86,7 @@ class PHMLinear(StructuredLinear):
         if self.rules.shape != (n, n, n):
             raise PomonaError(f"rules have shape {tuple(self.rules.shape)}; n={n} needs ({n}, {n}, {n})")
         # Var(W) = Var(S) sum(A^2) / n^2 on average over the blocks of W
-        rules_size = float(self.rules.detach().square().sum())
+        rules_size = n**2 if self.rules.is_meta else float(self.rules.detach().square().sum())
         std = n * math.sqrt(glorot_variance(in_features, out_features) / rules_size) if rules_size else 1.0
         self.blocks = nn.Parameter(torch.empty(block, **factory).normal_(0, std, generator=generator))
 

@@ -160,9 +160,11 @@ class MixedPool2d(_Learned):
         *,
         initial: float = 0.5,
         sigmoid: bool = False,
+        share: str = "layer",
+        channels: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(kernel_size, stride, padding, **options)
+        super().__init__(kernel_size, stride, padding, share=share, channels=channels, **options)
         if sigmoid and not 0 < initial < 1:
             raise PomonaError(f"initial={initial} must lie between 0 and 1 with sigmoid=True")
         self.sigmoid = sigmoid
@@ -188,8 +190,17 @@ class GatedPool2d(_Learned):
         arXiv 1509.08985.
     """
 
-    def __init__(self, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0, **options: Any) -> None:
-        super().__init__(kernel_size, stride, padding, **options)
+    def __init__(
+        self,
+        kernel_size: Pair,
+        stride: Pair | None = None,
+        padding: Pair = 0,
+        *,
+        share: str = "layer",
+        channels: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, share=share, channels=channels, **options)
         self.mask = nn.Parameter(torch.zeros(*self.sets, 1, self.area))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -223,10 +234,12 @@ class TreePool2d(_Learned):
         depth: int = 2,
         noise: float = 0.01,
         generator: torch.Generator | None = None,
+        share: str = "layer",
+        channels: int | None = None,
         **options: Any,
     ) -> None:
         check_positive(depth=depth)
-        super().__init__(kernel_size, stride, padding, **options)
+        super().__init__(kernel_size, stride, padding, share=share, channels=channels, **options)
         leaves = 2 ** (depth - 1)
         start = torch.randn(*self.sets, leaves, self.area, generator=generator)
         self.leaves = nn.Parameter(1 / self.area + noise * start)

@@ -23,6 +23,10 @@ from pomona.train.loop import Fit, evaluate, fit
 from pomona.zoo import Record, Zoo
 
 
+KEPT_ROWS = 4
+"""Real rows that the zoo keeps with a task, to check exported networks on."""
+
+
 @dataclass
 class Trained:
     """A recipe trained once.
@@ -114,6 +118,8 @@ def task_json(task: Task) -> dict[str, Any]:
         "inputs": asdict(task.inputs),
         "outputs": asdict(task.outputs),
         "pipeline": task.pipeline.to_json() if task.pipeline else None,
+        # a few real rows, to check an exported network on
+        "rows": task.splits["valid"].x[:KEPT_ROWS].tolist(),
     }
 
 

@@ -10,141 +10,20 @@ Search" (arXiv 2001.00326); the spaces here are small enough to be trained again
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pomona.errors import PomonaError, check_positive, unknown
-
-Arch = dict[str, Any]
-Variables = Mapping[str, tuple[Any, ...]]
-
-OPERATIONS = ("none", "skip", "conv1", "conv3", "pool")
-CELL: Variables = {"edge01": OPERATIONS, "edge02": OPERATIONS, "edge12": OPERATIONS}
-MLP: Variables = {
-    "width": (8, 16, 32, 64),
-    "depth": (1, 2, 3),
-    "act": ("relu", "gelu", "tanh", "sigmoid"),
-    "norm": ("none", "layer"),
-}
-ACTS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
-
-
-class Zero(nn.Module):
-    """The operation ``none``: an edge that carries nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-
-def _operation(name: str, channels: int, copies: int) -> nn.Module:
-    """ReLU-convolution-BatchNorm, average pooling, identity or zero on ``copies * channels`` channels."""
-    if name == "none":
-        return Zero()
-    if name == "skip":
-        return nn.Identity()
-    if name == "pool":
-        return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-    kernel = {"conv1": 1, "conv3": 3}[name]
-    width = copies * channels
-    conv = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=copies, bias=False)
-    return nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(width))
-
-
-class MiniCell(nn.Module):
-    """A cell of three nodes: ``node1 = e01(node0)``, ``node2 = e02(node0) + e12(node1)``; node2 is the output."""
-
-    def __init__(self, arch: Mapping[str, str], channels: int, *, copies: int = 1) -> None:
-        super().__init__()
-        self.edge01, self.edge02, self.edge12 = (_operation(arch[edge], channels, copies) for edge in CELL)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.edge02(x) + self.edge12(self.edge01(x))
-
-
-class MiniCellNet(nn.Module):
-    """Stem, ``cells`` cells, halving of the image, ``cells`` cells of twice the width, mean pooling, linear head.
-
-    Args:
-        arch: operation of each edge; all cells share it.
-        channels: width of the stem.
-        cells: cells in each of the two stages.
-        in_channels: channels of an image.
-        classes: number of logits.
-        copies: independent networks held side by side as groups of channels (seeds trained together).
-
-    Shapes: ``(batch, copies * in_channels, height, width) -> (batch, classes)``, with ``copies > 1``
-    ``(batch, copies, classes)``.
-    """
-
-    def __init__(
-        self,
-        arch: Mapping[str, str],
-        *,
-        channels: int = 8,
-        cells: int = 1,
-        in_channels: int = 1,
-        classes: int = 10,
-        copies: int = 1,
-    ) -> None:
-        super().__init__()
-        check_positive(channels=channels, cells=cells, classes=classes, copies=copies)
-        self.copies, narrow, wide = copies, copies * channels, 2 * copies * channels
-
-        def conv(c_in: int, c_out: int, kernel: int, bias: bool = False) -> nn.Conv2d:
-            return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=copies, bias=bias)
-
-        self.stem = nn.Sequential(conv(copies * in_channels, narrow, 3), nn.BatchNorm2d(narrow))
-        self.first = nn.Sequential(*(MiniCell(arch, channels, copies=copies) for _ in range(cells)))
-        self.reduce = nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), conv(narrow, wide, 1), nn.BatchNorm2d(wide))
-        self.second = nn.Sequential(*(MiniCell(arch, 2 * channels, copies=copies) for _ in range(cells)))
-        self.norm = nn.Sequential(nn.BatchNorm2d(wide), nn.ReLU())
-        self.head = conv(wide, copies * classes, 1, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.second(self.reduce(self.first(self.stem(x))))
-        logits = self.head(self.norm(h).mean((2, 3), keepdim=True)).flatten(1)
-        return logits if self.copies == 1 else logits.unflatten(1, (self.copies, -1))
-
-
-class MiniMLP(nn.Module):
-    """``depth`` hidden layers of ``width`` neurons (linear, [LayerNorm], activation) and a linear head.
-
-    Shapes: ``(batch, channels, height, width) -> (batch, classes)``.
-    """
-
-    def __init__(self, arch: Mapping[str, Any], *, in_features: int = 196, classes: int = 10) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Flatten()]
-        for _ in range(arch["depth"]):
-            layers.append(nn.Linear(in_features, arch["width"]))
-            if arch["norm"] == "layer":
-                layers.append(nn.LayerNorm(arch["width"]))
-            layers.append(ACTS[arch["act"]]())
-            in_features = arch["width"]
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(in_features, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-
-class SideBySide(nn.Module):
-    """Several networks, each on its own channel of the input; outputs stacked ``(batch, copies, classes)``."""
-
-    def __init__(self, nets: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.nets = nn.ModuleList(nets)
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = x.chunk(len(self.nets), dim=1)
-        return torch.stack([net(part) for net, part in zip(self.nets, parts, strict=True)], dim=1)
+from pomona.errors import PomonaError, unknown
+from pomona.search.mini_nets import CELL, MLP, arch_key, build_net, enumerate_archs
+from pomona.search.strategies import Variables
 
 
 class Images(NamedTuple):
@@ -159,7 +38,16 @@ class Images(NamedTuple):
 
     @classmethod
     def split(
-        cls, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, n_train: int, n_valid: int, n_test: int, seed: int = 0
+        cls,
+        x: Tensor,
+        y: Tensor,
+        x_test: Tensor,
+        y_test: Tensor,
+        *,
+        n_train: int,
+        n_valid: int,
+        n_test: int,
+        seed: int = 0,
     ) -> Images:
         """Disjoint random training and validation images from ``x``, and the first ``n_test`` test images."""
         if n_train + n_valid > len(x):
@@ -171,36 +59,81 @@ class Images(NamedTuple):
         return cls(x[train], y[train], x[valid], y[valid], x_test, y_test[:n_test])
 
 
+def fashion_images(
+    data_dir: Path | None = None, *, n_train: int = 4000, n_valid: int = 2000, n_test: int = 4000
+) -> Images:
+    """Fashion-MNIST averaged to 14x14, in the split of the tables.
+
+    Args:
+        data_dir: folder of the idx files (default: where Debian's package puts them).
+        n_train: training images.
+        n_valid: validation images.
+        n_test: test images.
+    """
+    from pomona.data.builtin import FASHION_MNIST_FOLDER, open_builtin, read_idx
+
+    folder = data_dir or FASHION_MNIST_FOLDER
+    if not (folder / "train-labels-idx1-ubyte.gz").is_file():
+        open_builtin("fashion_mnist", data_dir)  # says what is missing
+
+    def part(name: str) -> Tensor:
+        return torch.from_numpy(read_idx(folder / f"{name}.gz").copy())
+
+    x, x_test = (F.avg_pool2d(part(f"{p}-images-idx3-ubyte")[:, None].float() / 255, 2) for p in ("train", "t10k"))
+    y, y_test = (part(f"{p}-labels-idx1-ubyte").long() for p in ("train", "t10k"))
+    return Images.split(x, y, x_test, y_test, n_train=n_train, n_valid=n_valid, n_test=n_test)
+
+
+def digit_images(*, n_train: int = 900) -> Images:
+    """scikit-learn's 8x8 digits, in the split of the tables: 900, 397 and 500 images."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x, y = torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target).long()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order], y[order]
+    return Images.split(x[500:], y[500:], x[:500], y[:500], n_train=n_train, n_valid=397, n_test=500)
+
+
 @dataclass(frozen=True)
 class Protocol:
-    """How every architecture of a table is trained: AdamW, cosine decay to zero, no augmentation."""
+    """How every architecture is trained: AdamW with cosine decay to zero, and the tricks that are switched on.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images a step.
+        lr: first learning rate.
+        weight_decay: of AdamW.
+        build: size options of the network.
+        cutout: side of the square set to zero in every training image.
+        shift: largest random shift in pixels; with it, half of the images are mirrored.
+        drop_path: probability that an example loses an edge (``mini-cell``).
+        auxiliary: weight of the auxiliary head's loss (``mini-cell``).
+    """
 
     epochs: int = 4
     batch_size: int = 50
     lr: float = 1e-2
     weight_decay: float = 1e-3
     build: dict[str, int] = field(default_factory=dict)
+    cutout: int = 0
+    shift: int = 0
+    drop_path: float = 0.0
+    auxiliary: float = 0.0
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of ``build_net``."""
+        extra = {"drop_path": self.drop_path, "auxiliary": self.auxiliary > 0}
+        return {**self.build, **{name: value for name, value in extra.items() if value}}
 
 
-def build_net(space: str, arch: Mapping[str, Any], *, copies: int = 1, seed: int | None = None, **kw: int) -> nn.Module:
-    """The network of an architecture; ``seed`` fixes its weights without touching the global generator.
-
-    Args:
-        space: ``mini-cell`` or ``mini-mlp`` (or a table name that starts with one of them).
-        arch: option of every variable.
-        copies: networks side by side; the output is ``(batch, copies, classes)`` if above 1.
-        seed: of the initial weights.
-        kw: size options of ``MiniCellNet`` or ``MiniMLP``.
-    """
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        if space.startswith("mini-cell"):
-            return MiniCellNet(arch, copies=copies, **kw)
-        if space.startswith("mini-mlp"):
-            nets = [MiniMLP(arch, **kw) for _ in range(copies)]
-            return nets[0] if copies == 1 else SideBySide(nets)
-    raise unknown("space", space, ["mini-cell", "mini-mlp"])
+TABLES: dict[str, tuple[Variables, str, Protocol]] = {
+    "mini-cell": (CELL, "fashion", Protocol()),
+    "mini-cell-digits": (CELL, "digits", Protocol(epochs=8)),
+    "mini-mlp": (MLP, "fashion", Protocol(epochs=6, lr=3e-3)),
+}
+"""Name -> space, images and training of the committed tables."""
+SOURCES = {"fashion": fashion_images, "digits": digit_images}
 
 
 @torch.no_grad()
@@ -209,6 +142,27 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor, *, copies: int = 1, chunk: in
     net.eval()
     logits = torch.cat([net(part.repeat(1, copies, 1, 1)) for part in x.split(chunk)]).reshape(len(x), copies, -1)
     return (100.0 * (logits.argmax(-1) == y[:, None]).double().mean(0)).tolist()
+
+
+def augment(x: Tensor, protocol: Protocol, generator: torch.Generator) -> Tensor:
+    """Random shift, mirroring and cutout of images ``(n, channels, height, width)``, each image its own."""
+    n, _, height, width = x.shape
+
+    def draw(high: int) -> Tensor:
+        return torch.randint(high, (n, 1), generator=generator)
+
+    if protocol.shift:
+        size = protocol.shift
+        padded = F.pad(x, (size,) * 4, value=float(x.min()))
+        rows, columns = draw(2 * size + 1) + torch.arange(height), draw(2 * size + 1) + torch.arange(width)
+        columns = torch.where(draw(2) == 1, columns.flip(1), columns)
+        at = torch.arange(n)[:, None, None]
+        x = padded.transpose(0, 1)[:, at, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+    if protocol.cutout:
+        half = protocol.cutout / 2
+        inside = [(torch.arange(length) + 0.5 - draw(length)).abs() < half for length in (height, width)]
+        x = x * ~(inside[0][:, None, :, None] & inside[1][:, None, None, :])
+    return x
 
 
 def train_arch(
@@ -220,22 +174,35 @@ def train_arch(
     stream, so the result of a seed depends on which seeds run with it.)
     """
     copies, n = len(seeds), len(images.x_train)
-    net = build_net(space, arch, copies=copies, seed=sum(s * 1009**i for i, s in enumerate(seeds)), **protocol.build)
+    stream = sum(seed * 1009**i for i, seed in enumerate(seeds))
+    net = build_net(space, arch, copies=copies, seed=stream, **protocol.options())
     steps = protocol.epochs * (n // protocol.batch_size)
     optimiser = torch.optim.AdamW(net.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     orders = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.Generator().manual_seed(stream)
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        # summed over copies: the gradient of each is that of its own mean loss
+        return copies * F.cross_entropy(logits.reshape(y.numel(), -1), y.flatten())
+
     net.train()
-    for _ in range(protocol.epochs):
-        order = torch.stack([torch.randperm(n, generator=generator) for generator in orders], dim=1)
-        for batch in order.split(protocol.batch_size)[: n // protocol.batch_size]:
-            logits = net(images.x_train[batch].flatten(1, 2)).reshape(batch.numel(), -1)
-            # sum over copies: the gradient of each is that of its own mean loss
-            loss = copies * F.cross_entropy(logits, images.y_train[batch].flatten())
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            schedule.step()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream)  # of DropPath
+        for _ in range(protocol.epochs):
+            order = torch.stack([torch.randperm(n, generator=generator) for generator in orders], dim=1)
+            for batch in order.split(protocol.batch_size)[: n // protocol.batch_size]:
+                x = augment(images.x_train[batch].flatten(0, 1), protocol, noise)
+                x, y = x.unflatten(0, batch.shape).flatten(1, 2), images.y_train[batch]
+                if protocol.auxiliary:
+                    main, second = net.both_heads(x)  # type: ignore[operator]
+                    value = loss(main, y) + protocol.auxiliary * loss(second, y)
+                else:
+                    value = loss(net(x), y)
+                optimiser.zero_grad(set_to_none=True)
+                value.backward()
+                optimiser.step()
+                schedule.step()
     return {
         "valid": accuracy(net, images.x_valid, images.y_valid, copies=copies),
         "test": accuracy(net, images.x_test, images.y_test, copies=copies),
@@ -250,11 +217,6 @@ def cost(space: str, arch: Mapping[str, Any], in_shape: tuple[int, ...], **kw: i
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, *in_shape))
     return {"params": sum(p.numel() for p in net.parameters()), "flops": int(counter.get_total_flops())}
-
-
-def arch_key(arch: Mapping[str, Any]) -> str:
-    """The row name of an architecture: its options in the order of the variables."""
-    return "|".join(str(option) for option in arch.values())
 
 
 class MiniBench:
@@ -287,7 +249,9 @@ class MiniBench:
         self.archs = list(enumerate_archs(self.variables))
         missing = [key for key in map(arch_key, self.archs) if key not in self.rows]
         if missing:
-            raise PomonaError(f"name={name!r} has no row for {len(missing)} of its architectures; run bench/minibench.py")
+            raise PomonaError(
+                f"name={name!r} has no row for {len(missing)} of its architectures; run bench/minibench.py"
+            )
 
     def __len__(self) -> int:
         return len(self.archs)
@@ -317,8 +281,6 @@ class MiniBench:
         """How the table was trained."""
         return Protocol(**self.table["protocol"])
 
-
-def enumerate_archs(variables: Variables) -> Iterator[Arch]:
-    """Every combination of options, the last variable moving fastest."""
-    for options in itertools.product(*variables.values()):
-        yield dict(zip(variables, options, strict=True))
+    def images(self) -> Images:
+        """The images the table was trained on."""
+        return SOURCES[self.table["data"]["name"]]()

@@ -264,11 +264,16 @@ def nc_deep_linear(
         sigma = torch.full((k,), s, dtype=torch.float64)
         sigma[-1] = 0
     else:
-        pairs = [shrink(float(t), n, decay, M) if use else (0.0, float(t) ** 2 / (2 * n)) for t, use in zip(target, kept, strict=True)]
+        pairs = [
+            shrink(float(t), n, decay, M) if use else (0.0, float(t) ** 2 / (2 * n))
+            for t, use in zip(target, kept, strict=True)
+        ]
         sigma = torch.tensor([s for s, _ in pairs], dtype=torch.float64)
         total = sum(minimum for _, minimum in pairs)
     c = (decay * sigma.square()) ** (1 / (M + 1))
-    unique = not bool(torch.isclose(target[~kept, None], target[kept], rtol=1e-9, atol=1e-9).logical_and(sigma[kept] > 0).any())
+    unique = not bool(
+        torch.isclose(target[~kept, None], target[kept], rtol=1e-9, atol=1e-9).logical_and(sigma[kept] > 0).any()
+    )
     return NCSolution(
         sigma,
         (u * (c**M / math.prod(decays[:M]))) @ u.mT,

@@ -116,7 +116,9 @@ class Agreement:
         return Figure(
             [
                 Scatter(x=p.x.tolist(), y=p.y.tolist(), mode="lines", name=f"predicted ({p.kind})"),
-                Scatter(x=m.x.tolist(), y=m.mean.tolist(), error_y=bars, mode="markers", name=f"measured (n={m.n_seeds})"),
+                Scatter(
+                    x=m.x.tolist(), y=m.mean.tolist(), error_y=bars, mode="markers", name=f"measured (n={m.n_seeds})"
+                ),
             ]
         )
 

@@ -183,9 +183,9 @@ class RangeCurve:
         """(base_lr, max_lr): where the loss has begun to fall, and just before it turns.
 
         ``base_lr`` is the first rate at which the loss has made ``share`` of its whole fall, ``max_lr`` the first with
-        all but ``share`` of it. The raw losses are averaged over a centred window: the one-sided average of ``loss`` lags
-        behind, and would name rates that are too high. With a validation metric, ``max_lr`` is at most the rate where
-        that peaks, beyond which it turns ragged.
+        all but ``share`` of it. The raw losses are averaged over a centred window: the one-sided average of
+        ``loss`` lags behind, and would name rates that are too high. With a validation metric, ``max_lr`` is at most
+        the rate where that peaks, beyond which it turns ragged.
 
         Raises:
             PomonaError: if the loss never falls.

@@ -136,6 +136,7 @@ def fit(
     seed: int = 0,
     rule: Rule | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    schedule: Schedule | None = None,
     transforms: Sequence[GradTransform] = (),
     callbacks: Sequence[Callback] = (),
     on_validation: Callable[[dict[str, float]], None] | None = None,
@@ -153,6 +154,7 @@ def fit(
         seed: of the batches, dropout and every other draw of this training.
         rule: a rule object in place of the one that ``training`` names.
         loss: a loss function in place of the task's or the one that ``training`` names.
+        schedule: a learning-rate schedule in place of the one that ``training`` names; warm-up still applies.
         transforms: gradient transforms, in order, before clipping unless they say ``after_clip = True``.
         callbacks: called as ``callback(net, step)`` at step 0 and after each step; they may change weights.
         on_validation: told of each new entry of the curve.
@@ -164,9 +166,9 @@ def fit(
     Raises:
         PomonaError: for settings that name nothing known.
     """
-    return _Run(net, task, training or Training(), budget or Budget(), seed, rule, loss, list(transforms)).run(
-        list(callbacks), on_validation, validations, keep, flops_per_example
-    )
+    return _Run(
+        net, task, training or Training(), budget or Budget(), seed, rule, loss, list(transforms), schedule
+    ).run(list(callbacks), on_validation, validations, keep, flops_per_example)
 
 
 class _Run:
@@ -182,6 +184,7 @@ class _Run:
         rule: Rule | None,
         loss: Callable[[Tensor, Tensor], Tensor] | None,
         transforms: list[GradTransform],
+        schedule: Schedule | None = None,
     ) -> None:
         self.device = choose_device(training.device)
         dtype = torch.float64 if training.precision == "float64" else None
@@ -194,7 +197,7 @@ class _Run:
         self.transforms = list(transforms)
         if training.transform:
             self.transforms.append(options.make("transform", training.transform))
-        self.schedule: Schedule = Warmup(options.make("schedule", training.schedule), training.warmup)
+        self.schedule: Schedule = Warmup(schedule or options.make("schedule", training.schedule), training.warmup)
         self.optimizer = make_optimizer(self.net, training)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.after_step = with_hook(self.net, "post_step")

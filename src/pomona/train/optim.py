@@ -12,7 +12,7 @@ from pomona.train.settings import Training
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups with ``lr_scale`` and ``weight_decay``: what modules' ``param_groups()`` claim, then matrices, then the rest.
+    """Groups with ``lr_scale`` and ``weight_decay``: what modules claim by ``param_groups()``, matrices, then the rest.
 
     Vectors and scalars (biases, norms, scales) are not decayed.
     """

@@ -100,9 +100,7 @@ def _without_parameters(net: nn.Module, space: WeightSpace) -> nn.Module:
         if own is None:
             raise PomonaError(f"net has no parameter {spec.name!r}; build the space from the same network")
         if len(names[id(own)]) > 1:
-            raise PomonaError(
-                f"{spec.name!r} is tied to {names[id(own)][1]!r}; exclude it from the space or untie it"
-            )
+            raise PomonaError(f"{spec.name!r} is tied to {names[id(own)][1]!r}; exclude it from the space or untie it")
         del module._parameters[leaf]
         placeholder = torch.zeros((), dtype=own.dtype, device=own.device).expand(spec.shape)
         module.register_buffer(leaf, placeholder, persistent=False)

@@ -128,9 +128,7 @@ def contract(code: str) -> str:
         builder = candidates[0]
         takes_prm = "prm" in _parameters(functions.get(builder) or classes[builder])
     names = ", ".join(f'"{name}"' for name in sorted({"lr", "momentum"} | prm_names(tree)))
-    call = (
-        f"{'Body' if builder == 'Net' else builder}(in_shape, out_shape{', prm' * takes_prm})"
-    )
+    call = f"{'Body' if builder == 'Net' else builder}(in_shape, out_shape{', prm' * takes_prm})"
     # an import may stand last: nothing above needs it, and "from __future__" must come first
     imports = "" if re.search(r"^import torch$", code, re.MULTILINE) else "\n\nimport torch"
     return f"{code.rstrip()}{imports}\n{TRAINING.format(names='{' + names + '}', call=call)}"

@@ -68,7 +68,7 @@ class Corpus:
     ) -> None:
         check_positive(seconds=seconds, memory=memory, threads=threads)
         self.zoo = zoo
-        self.limits = {"seconds": seconds, "memory": memory, "device": device, "threads": threads}
+        self.limits: dict[str, Any] = {"seconds": seconds, "memory": memory, "device": device, "threads": threads}
         self._tasks: dict[str, Task] = {}
         self._supported: dict[str, set[str]] = {}
 
@@ -108,18 +108,25 @@ class Corpus:
 
     def find(self, nn: str) -> tuple[str, str, str]:
         """Identity, code and task of a network, by identity or name; one that Pomona ships is registered."""
-        columns = (networks.c.name, networks.c.code, networks.c.task)
-        pattern = networks.c.name.startswith(f"{nn}-", autoescape=True)
-        rows = self.zoo._rows(select(*columns).where((networks.c.name == nn) | pattern))
-        if len(rows) == 1:
-            return rows[0].name, rows[0].code, rows[0].task
-        if rows:
+        rows = self._named(nn)
+        if not rows:
+            shipped = codes.shipped()
+            if nn not in shipped:
+                raise unknown("nn", nn, sorted({*shipped, *self.networks()}))
+            try:
+                self.register(shipped[nn], nn)
+            except PomonaError:
+                if not self._named(nn):  # else another process has just registered it
+                    raise
+            rows = self._named(nn)
+        if len(rows) > 1:
             raise PomonaError(f"nn={nn!r} fits {', '.join(row.name for row in rows)}; give the whole name")
-        shipped = codes.shipped()
-        if nn not in shipped:
-            raise unknown("nn", nn, sorted({*shipped, *self.networks()}))
-        self.register(shipped[nn], nn)
-        return self.find(nn)
+        return rows[0].name, rows[0].code, rows[0].task
+
+    def _named(self, nn: str) -> list[Any]:
+        pattern = networks.c.name.startswith(f"{nn}-", autoescape=True)
+        query = select(networks.c.name, networks.c.code, networks.c.task)
+        return self.zoo._rows(query.where((networks.c.name == nn) | pattern))
 
     def run(
         self,
@@ -135,7 +142,8 @@ class Corpus:
     ) -> list[Record]:
         """Search the network's hyperparameters, mini-batch size and input transform with Optuna's TPE.
 
-        Earlier trials of the same length are taken into account. A trial that fails is stored with its error.
+        Earlier trials of the same length on the same data are taken into account. A trial that fails
+        is stored with its error.
 
         Args:
             task: such as ``"img-classification"``; ``None`` reads it off the data.
@@ -162,13 +170,14 @@ class Corpus:
         identity, text, only = self.find(nn)
         if only and only != label:
             raise PomonaError(f"nn={identity!r} is for task={only!r}, and {data.name!r} is {label!r}")
-        supported = self._supported_by(identity, text)
+        supported = self.supported(identity)
         base = {"task": label, "dataset": data.name, "metric": metric, "nn": identity}
         if prm is not None:
             settings.check_prm(prm, supported)
             chosen = {"batch": 32, "transform": "plain"} | dict(prm)
             return [self._trial(text, data, base, chosen, seed + i, epochs) for i in range(trials)]
-        past = [record for record in self.trials(pipeline(base)) if len(record.curve) == epochs]
+        known = [record for record in self.trials(pipeline(base)) if len(record.curve) == epochs]
+        past = [record for record in known if record.task["fingerprint"] == data.fingerprint()]
         search = Search(supported, past, trials, seed, prune)
         done = []
         for number in range(trials):
@@ -199,7 +208,9 @@ class Corpus:
             self.zoo.remove(found[0])  # it failed before, for want of time or memory
         self.zoo.add(record, None if data is None else weights.decode(data))
 
-    def _supported_by(self, identity: str, text: str) -> set[str]:
+    def supported(self, nn: str) -> set[str]:
+        """The hyperparameters that a network names."""
+        identity, text, _ = self.find(nn)
         if identity not in self._supported:
             self._supported[identity] = self.runner.supported(text)
         return self._supported[identity]
@@ -290,7 +301,7 @@ class Corpus:
         query = query.order_by(records.c.candidate, records.c.id)
         code_of = {row.name: row.code for row in self.zoo._rows(select(networks.c.name, networks.c.code))}
         rows = []
-        for id, recipe, curve, seed in self.zoo._rows(query):
+        for id, recipe, curve, seed in map(tuple, self.zoo._rows(query)):
             name = recipe["nn"]
             if any(value is not None and recipe[key] != value for key, value in asked.items()):
                 continue

@@ -89,18 +89,18 @@ class Runner:
         (folder / "network.py").write_text(code, encoding="utf-8")
         (folder / "job.json").write_text(json.dumps(job))
         try:
-            outcome = self._follow(folder, stop)
+            outcome = self._follow(folder, epochs, stop)
             path = folder / "weights.safetensors"
-            outcome.weights = path.read_bytes() if outcome.status == "ok" and path.exists() else None
+            outcome.weights = path.read_bytes() if outcome.result and outcome.status == "ok" and path.exists() else None
             return outcome
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _follow(self, folder: Path, stop: Callable[[int, float], bool] | None) -> Outcome:
+    def _follow(self, folder: Path, epochs: int, stop: Callable[[int, float], bool] | None) -> Outcome:
         outcome, pid, killed = Outcome(), 0, ""
         self._send(f"{folder}\n")
         while True:
-            message = self._receive(self.seconds + 1)
+            message = self._receive(self.seconds)
             if message is None and pid and not killed:
                 killed = f"an epoch took longer than seconds={self.seconds:g}"
                 _kill(pid)
@@ -111,9 +111,11 @@ class Runner:
                 return outcome
             if "pid" in message:
                 pid = message["pid"]
+            elif outcome.pruned and "exit" not in message:
+                continue  # what it still said before it was ended would differ from run to run
             elif "epoch" in message:
                 outcome.curve.append(message)
-                if stop and not killed and stop(message["epoch"], message["accuracy"]):
+                if stop and message["epoch"] < epochs and stop(message["epoch"], message["accuracy"]):
                     outcome.pruned, killed = True, "pruned"
                     _kill(pid)
             elif "exit" in message:
@@ -223,8 +225,9 @@ class Runner:
 
 
 def _kill(group: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+    if group:  # 0 would be our own
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def _exit_name(code: int) -> str:

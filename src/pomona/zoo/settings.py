@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pomona.errors import PomonaError, unknown
@@ -27,8 +28,8 @@ MAPS: dict[str, Callable[[float], float]] = {
 ``dropout`` 0 to 0.6, ``width`` 16 to 128 in octaves, ``depth`` 1 to 4. Any other name is passed as it is.
 """
 
-BATCHES = (8, 16, 32, 64, 128)
-"""Sizes of a mini-batch that the search chooses from: 2**b."""
+EXPONENTS = (4, 7)
+"""Least and largest b of the mini-batch size 2**b that the search chooses from."""
 
 
 def mapped(prm: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +146,7 @@ def score(name: str) -> Callable[[Tensor, Tensor], float]:
     return SCORES[name]
 
 
+@cache
 def source_of(function: Callable[..., Any]) -> str:
     """The code of a transform or score, for the corpus's rows."""
     return inspect.getsource(function)

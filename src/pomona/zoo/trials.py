@@ -57,7 +57,7 @@ class Search:
             prm = dict(record.recipe["prm"])
             prm["batch"] = round(math.log2(prm["batch"]))
             known = prm.keys() == self.space.keys() and record.status == "ok" and not record.extra.get("pruned")
-            if known and prm["batch"] in {round(math.log2(size)) for size in settings.BATCHES}:
+            if known and prm["batch"] in range(settings.EXPONENTS[0], settings.EXPONENTS[1] + 1):
                 value = record.curve[-1]["accuracy"]
                 self.study.add_trial(optuna.create_trial(params=prm, distributions=self.space, value=value))
         self.prune = prune
@@ -94,7 +94,7 @@ def space(supported: set[str]) -> dict[str, optuna.distributions.BaseDistributio
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
     chosen: dict[str, BaseDistribution] = {name: FloatDistribution(0, 1) for name in sorted(supported)}
-    chosen["batch"] = IntDistribution(*(round(math.log2(size)) for size in (settings.BATCHES[0], settings.BATCHES[-1])))
+    chosen["batch"] = IntDistribution(*settings.EXPONENTS)
     chosen["transform"] = CategoricalDistribution(tuple(settings.TRANSFORMS))
     return chosen
 

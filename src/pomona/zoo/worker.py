@@ -150,8 +150,18 @@ def child(folder: Path) -> None:
     os._exit(0)
 
 
+def warm_up() -> None:
+    """Do what costs a second the first time, so that forks need not; nothing here starts a thread."""
+    torch.set_num_threads(1)
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    for optimizer in (torch.optim.SGD([weight], 0.1), torch.optim.AdamW([weight], 0.1)):
+        optimizer.step()
+
+
 def main() -> None:
     """Fork for each folder named on standard input, until it ends."""
+    warm_up()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         pid = os.fork()

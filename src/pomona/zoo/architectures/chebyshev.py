@@ -14,8 +14,9 @@ class Chebyshev(nn.Module):
         self.register_buffer("order", torch.arange(degree + 1.0))
 
     def forward(self, x):
-        angle = torch.acos(0.999 * torch.tanh(x)).unsqueeze(-1)
-        return torch.einsum("nik,jik->nj", torch.cos(angle * self.order), self.coefficients)
+        angle = torch.acos(0.999 * torch.tanh(x))
+        basis = torch.cos(torch.einsum("ni,k->nik", angle, self.order))
+        return torch.einsum("nik,jik->nj", basis, self.coefficients)
 
 
 class Net(nn.Sequential):

@@ -1,10 +1,11 @@
-"""A gated recurrent network over rows of an image or chunks of a series or table, trained by AdamW at a tenth of ``lr``."""
+"""A gated recurrent network over rows of an image or chunks of a series or table; AdamW at a tenth of ``lr``."""
 
 import torch
 from torch import nn
 
 
 def supported_hyperparameters():
+    """What is read from ``prm``."""
     return {"lr", "weight_decay", "width"}
 
 

@@ -8,7 +8,8 @@ class Net(nn.Sequential):
     """h = dropout(relu(W h + b)), ``depth`` times."""
 
     def __init__(self, in_shape, out_shape, prm):
-        layers, features = [nn.Flatten()], torch.Size(in_shape).numel()
+        features = torch.Size(in_shape).numel()
+        layers: list[nn.Module] = [nn.Flatten()]
         for _ in range(prm["depth"]):
             layers += [nn.Linear(features, prm["width"]), nn.ReLU(), nn.Dropout(prm["dropout"])]
             features = prm["width"]

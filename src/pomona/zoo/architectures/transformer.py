@@ -5,6 +5,7 @@ from torch import nn
 
 
 def supported_hyperparameters():
+    """What is read from ``prm``."""
     return {"depth", "dropout", "lr", "weight_decay", "width"}
 
 

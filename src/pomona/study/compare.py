@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from pomona.compare.protocol import Protocol, choose_budget, seed_list
-from pomona.compare.references import run_references
-from pomona.compare.runner import Progress, Runner
-from pomona.compare.study import Study
+from pomona.study.protocol import Protocol, choose_budget, seed_list
+from pomona.study.references import run_references
+from pomona.study.runner import Progress, Runner
+from pomona.study.result import Study
 from pomona.data import Task, load
 from pomona.errors import PomonaError, unknown
 from pomona.nets.cost import parameters

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from pomona.compare.protocol import TUNING_SEED, Protocol
-from pomona.compare.tuning import tune
+from pomona.study.protocol import TUNING_SEED, Protocol
+from pomona.study.tuning import tune
 from pomona.data.task import Task
 from pomona.errors import PomonaError
 from pomona.recipe.execute import Trained, measure_cost, metrics_of, task_json, train_recipe, versions

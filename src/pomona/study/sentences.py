@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pomona.compare.stats import paired_difference
+from pomona.study.stats import paired_difference
 
 if TYPE_CHECKING:
-    from pomona.compare.study import Row
+    from pomona.study.result import Row
 
 SHARES = {"accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"}
 

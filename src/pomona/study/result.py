@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pomona.compare.protocol import Protocol
-from pomona.compare.references import Reference
-from pomona.compare.sentences import conclude
-from pomona.compare.stats import Difference, bootstrap_interval, paired_difference, relative_improvement
+from pomona.study.protocol import Protocol
+from pomona.study.references import Reference
+from pomona.study.sentences import conclude
+from pomona.study.stats import Difference, bootstrap_interval, paired_difference, relative_improvement
 from pomona.data.task import Task
 from pomona.recipe.execute import Restored, restore
 from pomona.zoo import Record, Zoo

@@ -1,0 +1,5 @@
+"""The command line."""
+
+from pomona.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,61 @@
+"""``pomona``: the commands, and how an error is shown.
+
+Heavy imports happen inside the commands, so that ``--help`` and ``list`` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from pomona import __version__
+from pomona.cli import catalogue, claims, networks, studies
+
+app = typer.Typer(
+    help="Try published ideas about neural networks on your own data, under one fair protocol.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pomona {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+studies.register(app)
+networks.register(app)
+catalogue.register(app)
+claims.register(app)
+
+
+def main() -> None:
+    """Run a command; a :class:`~pomona.errors.PomonaError` becomes one sentence and exit code 2."""
+    from pomona.errors import PomonaError
+
+    try:
+        app()
+    except PomonaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; what was finished is in the zoo, and --resume goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None

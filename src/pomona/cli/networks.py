@@ -1,0 +1,134 @@
+"""``pomona zoo``, ``pomona predict`` and ``pomona export``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pomona.errors import PomonaError
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+ZooOption = Annotated[str | None, typer.Option("--zoo", help="A folder or a SQLAlchemy URL; POMONA_ZOO or ./pomona-zoo by default.")]
+Id = Annotated[str, typer.Argument(help="A network's id, or the beginning of one.")]
+
+zoo_app = typer.Typer(help="The networks that were trained and kept.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("predict")(predict)
+    app.command("export")(export)
+    app.add_typer(zoo_app, name="zoo")
+
+
+@zoo_app.command("ls")
+def ls(
+    study: Annotated[str | None, typer.Option(help="Only this study.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Tuning trainings too.")] = False,
+    zoo: ZooOption = None,
+    as_json: Json = False,
+) -> None:
+    """The networks in the zoo, newest last."""
+    from pomona.zoo import Zoo
+
+    with Zoo(zoo) as kept:
+        records = [r for r in kept.records(study=study) if all_ or r.phase != "tune"]
+    if as_json:
+        keys = ("id", "study", "candidate", "phase", "seed", "status", "created", "metrics", "cost")
+        print(json.dumps([{key: getattr(r, key) for key in keys} for r in records], indent=1))
+        return
+    for r in records:
+        metric = r.task.get("metric", "")
+        value = r.metrics.get("test", r.metrics.get("valid", {})).get(metric)
+        score = f"{metric} {value:.4f}" if value is not None else r.status
+        print(f"{r.id}  {r.created[:16]}  {r.task.get('name', ''):<16} {score:<22} seed {r.seed:<3} {r.candidate}")
+    if not records:
+        print("the zoo is empty; pomona compare or pomona run fills it")
+
+
+@zoo_app.command("show")
+def show(id: Id, zoo: ZooOption = None, as_json: Json = False) -> None:
+    """All that the zoo knows of a network."""
+    from dataclasses import asdict
+
+    from pomona.recipe import Recipe
+    from pomona.zoo import Zoo
+
+    with Zoo(zoo) as kept:
+        record = kept.get(id)
+    if as_json:
+        print(json.dumps(asdict(record), indent=1))
+        return
+    print(f"{record.id}  {record.candidate}  ({record.status}, {record.created})")
+    print(f"study {record.study or '-'}, {record.phase} {record.index}, seed {record.seed}")
+    print(f"data {record.task.get('name')} ({record.task.get('fingerprint')})")
+    for split, metrics in record.metrics.items():
+        print(f"{split:<6}" + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    print("cost  " + "  ".join(f"{name} {value:.4g}" for name, value in record.cost.items()))
+    if record.parent:
+        print(f"made from {', '.join(record.parent)}")
+    if record.error:
+        print(f"error {record.error}")
+    print(Recipe.parse(record.recipe).to_yaml(), end="")
+
+
+@zoo_app.command("rm")
+def rm(ids: Annotated[list[str], typer.Argument(help="Ids of the networks to remove.")], zoo: ZooOption = None) -> None:
+    """Remove networks and their weights."""
+    from pomona.zoo import Zoo
+
+    with Zoo(zoo) as kept:
+        found = [kept.get(id).id for id in ids]  # look all up before removing any
+        for id in found:
+            kept.remove(id)
+    print(f"removed {', '.join(found)}")
+
+
+def predict(
+    id: Id,
+    data: Annotated[str, typer.Argument(help="CSV, TSV or Parquet with the columns of training, or a folder of images.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a CSV here instead of to the terminal.")] = None,
+    zoo: ZooOption = None,
+) -> None:
+    """Predict new rows with a network of the zoo."""
+    from pomona.recipe import restore
+    from pomona.recipe.export import raw_rows
+    from pomona.zoo import Zoo
+
+    if out is not None and not out.parent.is_dir():
+        raise PomonaError(f"out={str(out)!r}: the folder {str(out.parent)!r} does not exist")
+    with Zoo(zoo) as kept:
+        network = restore(kept, id)
+    predictions = network.predict(raw_rows(data))
+    if out is None:
+        predictions.to_csv(sys.stdout, index=False)
+        return
+    temporary = out.with_name(out.name + ".part")
+    predictions.to_csv(temporary, index=False)
+    temporary.replace(out)
+    print(f"{len(predictions)} predictions written to {out}")
+
+
+def export(
+    id: Id,
+    onnx: Annotated[Path | None, typer.Option(help="Write an ONNX model here.")] = None,
+    torch: Annotated[Path | None, typer.Option(help="Write a torch.export program here.")] = None,
+    zoo: ZooOption = None,
+) -> None:
+    """Write a network in a format for elsewhere, after checking it against the network on real rows."""
+    from pomona.recipe import restore
+    from pomona.recipe.export import export_onnx, export_torch
+    from pomona.zoo import Zoo
+
+    if (onnx is None) == (torch is None):
+        raise PomonaError("name one format, --onnx FILE or --torch FILE")
+    with Zoo(zoo) as kept:
+        network = restore(kept, id)
+    path = onnx or torch
+    assert path is not None
+    error = (export_onnx if onnx else export_torch)(network, path)
+    print(f"written to {path}; largest difference from the network {error:.2g}")

@@ -1,0 +1,317 @@
+"""One-dimensional function bases, evaluated feature by feature: what Kolmogorov-Arnold layers are made of.
+
+A basis maps ``(..., features)`` to ``(..., features, n_basis)``; each feature has its own grid. Outside their grid the local
+bases (B-spline, radial, wavelet, ReLU) fade to zero, so that only a layer's base branch acts there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pomona.errors import PomonaError, check_positive, unknown
+
+
+class Basis(nn.Module):
+    """``size`` pieces of the interval ``[low, high]``, and functions that stand on them.
+
+    Args:
+        features: last axis of the input; each has its own grid.
+        size: number of grid intervals, or of frequencies.
+        low: left end of the grid.
+        high: right end of the grid.
+        grid_eps: share of the uniform grid, against the quantiles of the samples, in `refit`.
+
+    Shape:
+        (*, features) -> (*, features, n_basis)
+    """
+
+    edges: Tensor
+    n_basis: int
+
+    def __init__(
+        self, features: int, size: int = 5, low: float = -1.0, high: float = 1.0, *, grid_eps: float = 0.02
+    ) -> None:
+        super().__init__()
+        check_positive(features=features, size=size)
+        if not low < high:
+            raise PomonaError(f"grid_range=({low}, {high}) must go from a lower to a higher number")
+        if not 0 <= grid_eps <= 1:
+            raise PomonaError(f"grid_eps={grid_eps} must lie between 0 and 1")
+        self.features, self.size, self.low, self.high, self.grid_eps = features, size, low, high, grid_eps
+        edges = torch.linspace(low, high, size + 1, dtype=torch.float64)
+        self.register_buffer("edges", edges.to(torch.get_default_dtype()).repeat(features, 1))
+
+    def options(self) -> dict[str, float]:
+        """Arguments, beside features, size and range, that make the same kind of basis."""
+        return {"grid_eps": self.grid_eps}
+
+    def on_edges(self, edges: Tensor) -> Basis:
+        """The same kind of basis on other grid edges, (features, size + 1)."""
+        features, size = edges.shape[0], edges.shape[1] - 1
+        new = type(self)(features, size, self.low, self.high, **self.options()).to(edges)  # type: ignore[arg-type]
+        new.edges.copy_(edges)
+        new.place_()
+        return new
+
+    def place_(self) -> None:
+        """Recompute what depends on ``edges``."""
+
+    @torch.no_grad()
+    def refit(self, x: Tensor) -> None:
+        """Move the grid to the samples: edges = eps * uniform + (1 - eps) * quantiles.
+
+        Args:
+            x: (samples, features), at least one sample.
+        """
+        x = x.reshape(-1, self.features)
+        if not len(x):
+            raise PomonaError("x has no samples; refit needs at least one")
+        share = torch.linspace(0, 1, self.size + 1, dtype=x.dtype, device=x.device)
+        x = x.sort(0).values  # torch.quantile has a limit on the number of samples
+        at = share * (len(x) - 1)
+        below = at.floor().long()
+        above = (below + 1).clamp(max=len(x) - 1)
+        quantiles = torch.lerp(x[below], x[above], (at - below)[:, None])
+        half = ((x[-1] - x[0]) / 2).clamp(min=1e-3)  # a constant feature still gets an interval
+        middle = (x[-1] + x[0]) / 2
+        uniform = middle + half * (2 * share[:, None] - 1)
+        wide = x[-1] - x[0] > 2e-3
+        eps = torch.where(wide, self.grid_eps, 1.0)
+        self.edges.copy_((eps * uniform + (1 - eps) * quantiles).T)
+        self.place_()
+
+    def points(self, per_interval: int = 5) -> Tensor:
+        """Evenly spaced points in every grid interval, ends included: (points, features)."""
+        return resample_edges(self.edges, self.size * per_interval).T
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"features={self.features}, size={self.size}, n_basis={self.n_basis}"
+
+
+def resample_edges(edges: Tensor, size: int) -> Tensor:
+    """Piecewise linear resampling of grid edges (features, old size + 1) -> (features, size + 1); nested for multiples."""
+    return F.interpolate(edges[None].double(), size + 1, mode="linear", align_corners=True)[0].to(edges)
+
+
+class BSpline(Basis):
+    """B-splines of order ``k`` on the grid extended by ``k`` intervals to each side: size + k functions.
+
+    B_{m,0}(x) = [t_m <= x < t_{m+1}],
+    B_{m,d}(x) = (x - t_m) / (t_{m+d} - t_m) B_{m,d-1}(x) + (t_{m+d+1} - x) / (t_{m+d+1} - t_{m+1}) B_{m+1,d-1}(x).
+
+    Only the k + 1 functions that are not zero at x are computed, then put in their places, so that no tensor has more than
+    batch * features * (size + k) entries. They are non-negative, sum to 1 on the grid and fade to 0 over the k intervals
+    beside it.
+
+    Source: A Practical Guide to Splines (de Boor, 1978); as used in KAN: Kolmogorov-Arnold Networks, arXiv 2404.19756.
+    """
+
+    knots: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        size: int = 5,
+        low: float = -1.0,
+        high: float = 1.0,
+        *,
+        k: int = 3,
+        grid_eps: float = 0.02,
+    ) -> None:
+        super().__init__(features, size, low, high, grid_eps=grid_eps)
+        if k < 0:
+            raise PomonaError(f"k={k} must be 0 or more")
+        self.k, self.n_basis = k, size + k
+        self.register_buffer("knots", self.edges.new_empty(features, size + 4 * k + 1))
+        self.place_()
+
+    def options(self) -> dict[str, float]:
+        """See the base class."""
+        return {"grid_eps": self.grid_eps, "k": self.k}
+
+    def place_(self) -> None:
+        """Extend the edges evenly by 2k intervals a side: k for the bases, k more only to evaluate the outermost pieces."""
+        edges = self.edges.double()
+        step = (edges[:, -1:] - edges[:, :1]) / self.size
+        out = step * torch.arange(1, 2 * self.k + 1, device=edges.device)
+        self.knots.copy_(torch.cat([edges[:, :1] - out.flip(-1), edges, edges[:, -1:] + out], -1))
+
+    def extended(self) -> Tensor:
+        """The extended knot vector, (features, size + 2k + 1)."""
+        return self.knots[:, self.k : self.knots.shape[1] - self.k]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, features) -> (*, features, size + k)"""
+        k, knots = self.k, self.knots.to(x)
+        extended = knots[:, k : knots.shape[1] - k]
+        low, high = extended[:, 0], extended[:, -1]
+        inside = (x >= low) & (x <= high)
+        x = torch.where(inside, x, low)
+        def lead(n: Tensor) -> Tensor:
+            return n.reshape(-1, *[1] * x.dim())
+
+        inner = extended[:, 1:-1].T.reshape(-1, *[1] * (x.dim() - 1), self.features)
+        piece = (x >= inner).sum(0)  # the knot interval that holds x
+        row = torch.arange(self.features, device=x.device) * knots.shape[1]
+        t = knots.reshape(-1)[piece + row + lead(torch.arange(1, 2 * k + 1, device=x.device))]  # the 2k knots around x
+        value = inside.to(x.dtype)[None]
+        for d in range(1, k + 1):  # the index of the function leads: every slice is contiguous
+            left, right = t[k - d : k], t[k : k + d]
+            rising = (x - left) / (right - left) * value
+            zero = torch.zeros_like(value[:1])
+            value = torch.cat([value - rising, zero]) + torch.cat([zero, rising])
+        place = piece + lead(torch.arange(-k, 1, device=x.device))
+        exists = (place >= 0) & (place < self.n_basis)
+        zeros = value.new_zeros((self.n_basis, *x.shape))
+        return zeros.scatter_add(0, place.clamp(0, self.n_basis - 1), value * exists).movedim(0, -1)
+
+
+class Located(Basis):
+    """Copies of one shape at evenly spaced places of the grid: phi_m(x) = shape((x - c_m) / h), ``size + 1`` functions.
+
+    The centres c_m are the grid's edges, h is the mean distance between them.
+    """
+
+    def __init__(
+        self, features: int, size: int = 5, low: float = -1.0, high: float = 1.0, *, grid_eps: float = 0.02
+    ) -> None:
+        super().__init__(features, size, low, high, grid_eps=grid_eps)
+        self.n_basis = size + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, features) -> (*, features, size + 1)"""
+        centres = self.edges.to(x)
+        width = (centres[:, -1:] - centres[:, :1]) / self.size
+        return self.shape((x[..., None] - centres) / width)
+
+    @staticmethod
+    def shape(u: Tensor) -> Tensor:
+        """The function at centre 0 and width 1."""
+        raise NotImplementedError("a located basis defines shape(u)")
+
+
+class GaussianRBF(Located):
+    """phi(u) = exp(-u^2). Source: Kolmogorov-Arnold Networks are Radial Basis Function Networks, arXiv 2405.06721."""
+
+    @staticmethod
+    def shape(u: Tensor) -> Tensor:
+        """See the class."""
+        return torch.exp(-u.square())
+
+
+class RSWAF(Located):
+    """phi(u) = 1 - tanh(u)^2, the reflectional switch activation of FasterKAN."""
+
+    @staticmethod
+    def shape(u: Tensor) -> Tensor:
+        """See the class."""
+        return 1 - torch.tanh(u).square()
+
+
+class MexicanHat(Located):
+    """phi(u) = 2 / (sqrt(3) pi^(1/4)) (1 - u^2) exp(-u^2 / 2). Source: Wav-KAN, arXiv 2405.12832."""
+
+    @staticmethod
+    def shape(u: Tensor) -> Tensor:
+        """See the class."""
+        square = u.square()
+        return 2 / (math.sqrt(3) * math.pi**0.25) * (1 - square) * torch.exp(-square / 2)
+
+
+class ReLUPower(Located):
+    """phi(u) = (relu(2 - u) relu(2 + u))^2 / 16, supported on four intervals, 1 at its centre.
+
+    Source: ReLU-KAN, arXiv 2406.02075.
+    """
+
+    @staticmethod
+    def shape(u: Tensor) -> Tensor:
+        """See the class."""
+        return (F.relu(2 - u) * F.relu(2 + u)).square() / 16
+
+
+class Ranged(Basis):
+    """Functions of u, where u = -1 and 1 at the ends of the grid; only the grid's ends matter."""
+
+    def unit(self, x: Tensor) -> Tensor:
+        """x with the grid's range mapped to [-1, 1]."""
+        low, high = self.edges[:, 0].to(x), self.edges[:, -1].to(x)
+        return (2 * x - low - high) / (high - low)
+
+
+class Chebyshev(Ranged):
+    """T_m(tanh u), m = 0 .. size: T_0 = 1, T_1 = v, T_m = 2 v T_{m-1} - T_{m-2}, with v = tanh(u) always in [-1, 1]."""
+
+    def __init__(
+        self, features: int, size: int = 5, low: float = -1.0, high: float = 1.0, *, grid_eps: float = 0.02
+    ) -> None:
+        super().__init__(features, size, low, high, grid_eps=grid_eps)
+        self.n_basis = size + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, features) -> (*, features, size + 1)"""
+        v = torch.tanh(self.unit(x))
+        terms = [torch.ones_like(v), v]
+        for _ in range(self.size - 1):
+            terms.append(2 * v * terms[-1] - terms[-2])
+        return torch.stack(terms, -1)
+
+
+class Fourier(Ranged):
+    """1, cos(m pi u / 2), sin(m pi u / 2), m = 1 .. size: the period is twice the grid, so the ends may differ."""
+
+    def __init__(
+        self, features: int, size: int = 5, low: float = -1.0, high: float = 1.0, *, grid_eps: float = 0.02
+    ) -> None:
+        super().__init__(features, size, low, high, grid_eps=grid_eps)
+        self.n_basis = 2 * size + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, features) -> (*, features, 2 size + 1)"""
+        angle = self.unit(x)[..., None] * (torch.arange(1, self.size + 1, device=x.device) * (math.pi / 2)).to(x)
+        return torch.cat([torch.ones_like(x)[..., None], angle.cos(), angle.sin()], -1)
+
+
+BASES: dict[str, type[Basis]] = {
+    "bspline": BSpline,
+    "rbf": GaussianRBF,
+    "rswaf": RSWAF,
+    "chebyshev": Chebyshev,
+    "fourier": Fourier,
+    "relu_power": ReLUPower,
+    "mexican_hat": MexicanHat,
+}
+"""Bases by name."""
+
+
+def make_basis(
+    name: str, features: int, size: int, low: float, high: float, *, k: int = 3, grid_eps: float = 0.02
+) -> Basis:
+    """A basis by name; ``k`` is the order of B-splines and left aside by the others."""
+    if name not in BASES:
+        raise unknown("basis", name, BASES)
+    if name == "bspline":
+        return BSpline(features, size, low, high, k=k, grid_eps=grid_eps)
+    return BASES[name](features, size, low, high, grid_eps=grid_eps)
+
+
+@torch.no_grad()
+def fit_coefficients(basis: Basis, x: Tensor, y: Tensor) -> Tensor:
+    """Least-squares coefficients c with sum_m c[o,i,m] B_m(x[p,i]) = y[p,o,i]; of least norm where x leaves them open.
+
+    Args:
+        x: (points, features).
+        y: (points, outputs, features).
+
+    Returns:
+        (outputs, features, n_basis)
+    """
+    matrix = basis(x.double()).transpose(0, 1).cpu()  # solved on the CPU in float64: exact and rank-revealing
+    target = y.double().permute(2, 0, 1).cpu()
+    solution = torch.linalg.lstsq(matrix, target, driver="gelsd").solution
+    return solution.permute(2, 0, 1).to(y)
