@@ -29,8 +29,8 @@ _NAMES = {
     "restore": "pomona.recipe",
 }
 _PACKAGES = {
-    "claims", "data", "edit", "implicit", "measure", "nets", "nn", "recipe", "report", "search", "seq", "study", "theory",
-    "train", "weights", "zoo",
+    "claims", "data", "edit", "implicit", "measure", "nets", "nn", "recipe", "report", "search", "seq", "study",
+    "theory", "train", "weights", "zoo",
 }  # fmt: skip
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
 """The catalogue of papers, and the named options of every slot, as data: read without importing torch.
 
-``catalog.toml`` has a row a paper; ``slots.toml`` says which names fill which slot (``linear=kan``) and which short names stand
-for whole candidates. Nothing here is typed in twice: whether a paper is done follows from its row.
+``catalog.toml`` has a row a paper; ``slots.toml`` says which names fill which slot (``linear=kan``) and which short
+names stand for whole candidates. Nothing here is typed in twice: whether a paper is done follows from its row.
 """
 
 from __future__ import annotations
@@ -58,7 +58,12 @@ class Paper:
 
 @dataclass(frozen=True)
 class SlotEntry:
-    """What a name in a slot stands for: ``make`` is ``module:factory``, ``paper`` the key of its catalogue row or empty."""
+    """What a name in a slot stands for.
+
+    Attributes:
+        make: ``module:factory``.
+        paper: key of its catalogue row, or empty.
+    """
 
     make: str
     paper: str = ""
@@ -71,10 +76,10 @@ def _read(name: str) -> dict[str, Any]:
 @cache
 def papers() -> dict[str, Paper]:
     """Every paper by key, in the catalogue's order."""
-    rows = _read("catalog.toml")["paper"]
-    return {
-        row["key"]: Paper(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in rows
-    }
+    rows: list[dict[str, Any]] = _read("catalog.toml")["paper"]
+    for row in rows:
+        row |= {field: tuple(row.get(field, ())) for field in ("parts", "facts")}
+    return {row["key"]: Paper(**row) for row in rows}
 
 
 def paper(key: str) -> Paper:
@@ -93,8 +98,7 @@ def slots() -> dict[str, dict[str, SlotEntry]]:
     """Slot -> name -> entry."""
     return {
         slot: {
-            name: SlotEntry(entry) if isinstance(entry, str) else SlotEntry(**entry)
-            for name, entry in options.items()
+            name: SlotEntry(entry) if isinstance(entry, str) else SlotEntry(**entry) for name, entry in options.items()
         }
         for slot, options in _read("slots.toml")["slot"].items()
     }

@@ -18,7 +18,11 @@ from pomona import catalog
 from pomona.errors import PomonaError, unknown
 
 SIZES = frozenset(
-    ["in_features", "out_features", "bias", "features", "channel_dim", "dims", "kernel_size", "stride", "padding", "channels", "in_channels", "out_channels", "dim", "tokens", "hidden", "make_linear", "make_act", "device", "dtype", "generator"]
+    {
+        *("in_features", "out_features", "bias", "features", "channel_dim", "dims", "dim", "tokens", "hidden"),
+        *("kernel_size", "stride", "padding", "channels", "in_channels", "out_channels"),
+        *("make_linear", "make_act", "device", "dtype", "generator"),
+    }
 )
 """Size arguments, which the builder supplies and a person cannot."""
 
@@ -77,7 +81,7 @@ class Option:
         return f"{self.name}:{tail}" if tail else self.name
 
     def __hash__(self) -> int:
-        return hash(str(self))
+        return hash((self.name, frozenset(self.options)))  # equal options hash alike in any order
 
 
 def parse_candidate(text: str) -> tuple[str, dict[str, str]]:
@@ -101,10 +105,14 @@ def parse_candidate(text: str) -> tuple[str, dict[str, str]]:
         if colon:  # options of a short name go to the slot it stands for: kan:grid=8
             last = list(settings)[-1]
             settings[last] += f":{tail}"
+    said: set[str] = set()
     for word in pairs:
         key, equals, value = word.partition("=")
-        if not equals or not value:
+        if not equals or not key or not value:
             raise PomonaError(f"{word!r} in candidate {text!r} is not key=value, as in act=gelu or width=64")
+        if key in said:
+            raise PomonaError(f"{key} is given twice in candidate {text!r}")
+        said.add(key)
         settings[key] = value
     return head, settings
 
@@ -113,8 +121,8 @@ def parse_candidate(text: str) -> tuple[str, dict[str, str]]:
 def parameters(make: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
     """Parameters of a factory, and their type hints.
 
-    A class that takes ``**options`` hands them to its parent, so the parent's parameters count too, up to the first class
-    of a framework, whose ``**kwargs`` lead nowhere.
+    A class that takes ``**options`` hands them to its parent, so the parent's parameters count too, up to the first
+    class of a framework, whose ``**kwargs`` lead nowhere.
     """
     named: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy import interpolate
+
 from pomona.errors import PomonaError
 from pomona.nn.basis import BASES, BSpline, fit_coefficients, make_basis
-from scipy import interpolate
 
 
 def random_grid(features: int = 2, size: int = 6, k: int = 3) -> BSpline:

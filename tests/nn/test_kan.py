@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from pomona.errors import PomonaError
 from pomona.nn.basis import BASES
 from pomona.nn.kan import KANLayer

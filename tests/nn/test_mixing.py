@@ -133,10 +133,10 @@ def test_drop_path_leaves_out_whole_examples():
 
 
 def test_mixer_net_averages_the_real_tokens_only():
-    net = MixerNet(nn.Identity(), D, PoolMixer, depth=2, head=nn.Linear(D, 3), make_norm=Affine, layer_scale=0.1).double()
-    x = tokens()
-    mask = torch.arange(N).expand(3, N) < 4
-    torch.testing.assert_close(net(x, mask), net(torch.where(mask[..., None], x, 7.0), mask))
+    net = MixerNet(nn.Identity(), D, PoolMixer, depth=2, head=nn.Linear(D, 3), make_norm=Affine,
+    layer_scale=0.1).double()
+    x = tokens() mask = torch.arange(N).expand(3, N) <
+    4 torch.testing.assert_close(net(x, mask), net(torch.where(mask[..., None], x, 7.0), mask))
     assert net(x).shape == (3, 3)
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from pomona.errors import PomonaError
 from pomona.nn.mixing import MLPTokenMixer
 from pomona.nn.mlp_mixer import SIZES, MixerLayer, MLPMixer, resize_tokens
@@ -58,7 +59,7 @@ def test_channel_part_is_equivariant_over_tokens_and_token_part_over_channels():
 def test_zero_head_gives_the_loss_log_classes():
     net = MLPMixer(8, 4, 1, classes=10, dim=C).double()
     loss = F.cross_entropy(net(torch.randn(6, 1, 8, 8, dtype=torch.float64)), torch.arange(6))
-    assert float(loss) == pytest.approx(math.log(10), abs=1e-12)
+    assert loss.item() == pytest.approx(math.log(10), abs=1e-12)
 
 
 def test_the_papers_sizes():

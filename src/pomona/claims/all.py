@@ -1,4 +1,5 @@
-"""Run claims at full scale into the ledger: ``python -m pomona.claims.all [KEY ...]``; without keys, every claim there is."""
+"""Run claims at full scale into the ledger: ``python -m pomona.claims.all [KEY ...]``; without keys, every claim
+there is."""
 
 from __future__ import annotations
 

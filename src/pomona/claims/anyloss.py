@@ -52,7 +52,7 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
 
 
 def anyloss(scale: Scale, seeds: Sequence[int]) -> Comparison:
-    """Claimed: where positives are one in ten or fewer, AnyLoss of F1 has a higher test F1 than cross-entropy, at 0.5.
+    """Claimed: with about one positive in ten or fewer, AnyLoss of F1 has a higher test F1 than cross-entropy at 0.5.
 
     Networks of one hidden layer; every loss chooses among three learning rates, and the epoch it keeps, by macro F1 on
     validation. F1 is the mean over the tables. In the details: squared error, the score-oriented loss, and two

@@ -1,4 +1,5 @@
-"""Character-level language modelling, as several claims use it: networks that map ids (batch, time) to logits (batch, time, vocabulary)."""
+"""Character-level language modelling, as several claims use it: networks that map ids (batch, time) to logits
+(batch, time, vocabulary)."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def train_characters(
     """Train by Adam on random windows, in place.
 
     Returns:
-        ``valid`` and ``test`` bits per character, ``seconds`` of training, and ``curve``: (step, validation bits) at ``check_at``.
+        ``valid`` and ``test`` bits per character, ``seconds`` of training, and ``curve``: (step, validation bits)
+        at ``check_at``.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)

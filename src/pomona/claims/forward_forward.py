@@ -34,9 +34,9 @@ def forward_forward(scale: Scale, seeds: Sequence[int]) -> Comparison:
     """Claimed: with all layers collaborating the test accuracy is higher than of plain forward-forward.
 
     Three hidden layers, Adam at 1e-3; both arms choose the same way on validation among four settings: goodness as a
-    sum or a mean, and its threshold at one unit of activity or half of it. In the details: the validation accuracy of all
-    settings, collaboration with previous layers only and with one layer's threshold, accuracy of each layer alone,
-    similarity (CKA) of neighbouring layers, backpropagation, and a linear readout of frozen random layers.
+    sum or a mean, and its threshold at one unit of activity or half of it. In the details: the validation accuracy of
+    all settings, collaboration with previous layers only and with one layer's threshold, accuracy of each layer
+    alone, similarity (CKA) of neighbouring layers, backpropagation, and a linear readout of frozen random layers.
     """
     sizes = SIZES[scale]
     task = load(sizes["data"], limit=sizes["limit"])

@@ -19,7 +19,7 @@ from pomona.search.strategies import Arch, RegularizedEvolution, run_search
 
 SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"spaces": ("mini-cell-digits",), "every": 9, "samples": 8, "inits": 1, "repeats": 4, "check": 1},
-    "full": {"spaces": ("mini-cell", "mini-mlp"), "every": 1, "samples": 64, "inits": 3, "repeats": 50, "check": 5},
+    "full": {"spaces": ("mini-cell", "mini-mlp"), "every": 1, "samples": 32, "inits": 3, "repeats": 50, "check": 5},
     "gpu": {"spaces": ("mini-cell", "mini-mlp"), "every": 1, "samples": 64, "inits": 3, "repeats": 500, "check": 5},
 }
 RIVALS = ("grad_norm", "snip", "grasp", "synflow", "fisher")
@@ -30,7 +30,7 @@ EVALUATIONS = 20
 def grad_sign(scale: Scale, seeds: Sequence[int]) -> Comparison:
     """Claimed: GradSign correlates better with accuracy than the best other gradient proxy.
 
-    All 125 cells of the mini-cell table; each proxy scores with the same 64 training images and three initial
+    All 125 cells of the mini-cell table; each proxy scores with the same 32 training images and three initial
     weights (drawn anew a seed, averaged); Spearman's correlation with the mean test accuracy of the table. The
     rival is the one of five with the highest mean over the seeds, which favours it. In the details: every
     proxy and the number of parameters, Kendall's tau, the mini-mlp space, evolution with and without

@@ -42,8 +42,8 @@ class Arm:
     Attributes:
         make: builds an untrained network from the global generator.
         training: settings; the grid's entries replace their namesakes.
-        options: further keyword arguments of :func:`pomona.train.fit` (rule, loss, transforms, callbacks). A callable value
-            is called with the seed and must return the argument, for objects that hold state.
+        options: further keyword arguments of :func:`pomona.train.fit` (rule, loss, transforms, callbacks). A
+            callable value is called with the seed and must return the argument, for objects that hold state.
         grid: settings to choose among on validation, in place of the comparison's; keep their number equal.
     """
 

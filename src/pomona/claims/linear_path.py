@@ -21,7 +21,7 @@ from pomona.measure.trajectory import DeepLinearToy, StoreCheckpoints, gradient_
 from pomona.nn.activation_functions import Maxout
 
 SIZES: dict[Scale, dict[str, Any]] = {
-    "smoke": {"epochs": 3, "chars": 20, "names": ("mlp relu", "gru")},
+    "smoke": {"epochs": 2, "chars": 5, "names": ("mlp relu", "gru")},
     "full": {"epochs": 40, "chars": 300, "names": ("mlp relu", "mlp maxout", "mlp sigmoid", "cnn", "gru")},
     "gpu": {"epochs": 200, "chars": 3000, "names": ("mlp relu", "mlp maxout", "mlp sigmoid", "cnn", "gru")},
 }
@@ -31,10 +31,13 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
     "adam": partial(torch.optim.Adam, lr=2e-3),
 }
-HARD: dict[str, tuple[str, Callable[..., torch.optim.Optimizer]]] = {"sgd, large rate": ("mlp relu", partial(torch.optim.SGD, lr=1.0)),
-        "adam, large rate": ("mlp relu", partial(torch.optim.Adam, lr=3e-2)),
-        "batch norm": ("mlp norm", OPTIMIZERS["sgd"]),
-        "deep": ("mlp deep", OPTIMIZERS["momentum"])}  # fmt: skip
+HARD: dict[str, tuple[str, Callable[..., torch.optim.Optimizer]]] = {
+    "sgd, large rate": ("mlp relu", partial(torch.optim.SGD, lr=1.0)),
+    "adam, large rate": ("mlp relu", partial(torch.optim.Adam, lr=3e-2)),
+    "batch norm": ("mlp norm", OPTIMIZERS["sgd"]),
+    "deep": ("mlp deep", OPTIMIZERS["momentum"]),
+}
+"""Arms where exceptions are expected: network and optimiser."""
 
 
 class CharGRU(nn.Module):

@@ -34,7 +34,8 @@ class Verdict:
         kind: ``comparison``, ``prediction`` or ``bound``.
         scale: ``smoke``, ``full`` or ``gpu``.
         verdict: ``holds``, ``fails`` or ``undecided``.
-        effect: method minus baseline in the better direction; worst deviation in standard errors; or smallest room to the bound.
+        effect: method minus baseline in the better direction; worst deviation in standard errors; or smallest room
+            to the bound.
         interval: 95% interval of the effect, for comparisons.
         margin: what the effect had to exceed.
         method: what was tried.
@@ -100,6 +101,8 @@ def parse_seeds(text: str | int | Sequence[int] | None, scale: str) -> list[int]
             raise PomonaError(f"seeds={text!r} must be a number, such as 5, or a range, such as 1000:1005") from None
     else:
         seeds = list(range(text)) if isinstance(text, int) else list(text)
+    if len(set(seeds)) < len(seeds):
+        raise PomonaError(f"seeds={text!r} names a seed twice")
     if not seeds:
         raise PomonaError(f"seeds={text!r} names no seed; use a number, such as 5, or a range, such as 1000:1005")
     return seeds
@@ -190,7 +193,8 @@ def read_ledger(path: Path = LEDGER) -> list[dict[str, Any]]:
 
 
 def write_ledger(verdict: Verdict, path: Path = LEDGER) -> None:
-    """Put a verdict in place of the key's earlier one at the same scale; a note written by hand is kept while the verdict stands."""
+    """Put a verdict in place of the key's earlier one at the same scale; a note written by hand is kept while the
+    verdict stands."""
     entries = read_ledger(path)
     entry = plain(asdict(verdict))
     for old in entries:

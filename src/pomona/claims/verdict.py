@@ -2,11 +2,12 @@
 
 A claim function returns evidence of one of three kinds; the verdict follows from the evidence:
 
-* :class:`Comparison`: method minus baseline, paired over seeds, with a 95% Student-t interval (seeds are few, and with few seeds
-  the percentile bootstrap is too narrow). *holds* when the interval lies wholly on the claimed side of the margin, *fails*
-  when wholly on the other, else *undecided*.
-* :class:`Prediction`: a theory's curve against the measured one. *holds* when no point deviates by more than the Bonferroni-corrected
-  95% limit of its standard error (or the stated relative tolerance, whichever is wider).
+* :class:`Comparison`: method minus baseline, paired over seeds, with a 95% Student-t interval (seeds are few, and
+  with few seeds
+  the percentile bootstrap is too narrow). *holds* when the interval lies wholly on the claimed side of the margin,
+  *fails* when wholly on the other, else *undecided*.
+* :class:`Prediction`: a theory's curve against the measured one. *holds* when no point deviates by more than the
+  Bonferroni-corrected 95% limit of its standard error (or the stated relative tolerance, whichever is wider).
 * :class:`Bound`: *holds* without any violation; how slack it is stands beside it.
 """
 
@@ -125,6 +126,8 @@ class Prediction:
         """See the module's text."""
         if len(np.atleast_2d(np.asarray(self.measured, float))) < 2 and not self.tolerance:
             return "undecided"
+        if np.isnan(self.effect):
+            return "undecided"
         return "holds" if self.effect <= self._limit() else "fails"
 
 
@@ -163,6 +166,8 @@ class Bound:
     @property
     def decision(self) -> Decision:
         """See the module's text."""
+        if np.isnan(self.effect):
+            return "undecided"
         return "holds" if self.effect >= 0 else "fails"
 
 

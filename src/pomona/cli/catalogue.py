@@ -104,5 +104,7 @@ def _find(key: str) -> catalog.Paper:
     if key in by_name:
         return catalog.paper(by_name[key])
     if any(key in options for options in catalog.slots().values()):
-        raise PomonaError(f"{key!r} is a standard part without a paper of its own in the catalogue; see pomona list --slot")
+        raise PomonaError(
+            f"{key!r} is a standard part without a paper of its own in the catalogue; see pomona list --slot"
+        )
     raise unknown("key", key, [*catalog.papers(), *by_name])

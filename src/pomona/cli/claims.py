@@ -24,7 +24,9 @@ def claim(
     key: Annotated[str, typer.Argument(help="A paper's key.")],
     scale: Annotated[str, typer.Option(help="smoke (seconds), full (minutes) or gpu.")] = "full",
     seeds: Annotated[str | None, typer.Option(help="How many, such as 5, or which, such as 1000:1005.")] = None,
-    record: Annotated[bool, typer.Option("--record", help="Keep the verdict in the ledger of the source tree.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the verdict in the ledger of the source tree.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a paper's headline claim: does it hold here?"""
@@ -73,8 +75,9 @@ def claims(
         return
     width = max((len(e["key"]) for e in entries), default=3)
     for e in entries:
+        effect = f"{e['effect']:+9.3g}" if e["effect"] is not None else f"{'-':>9}"
         interval = "[{:+.3g}, {:+.3g}]".format(*e["interval"]) if e["interval"] else ""
-        print(f"{e['key']:<{width}}  {e['verdict']:<9}  {e['effect']:+9.3g} {interval:<20} {e['metric']}")
+        print(f"{e['key']:<{width}}  {e['verdict']:<9}  {effect} {interval:<20} {e['metric']}")
     recorded = {e["key"] for e in entries}
     waiting = [p.key for p in papers.values() if p.claim and p.key not in recorded and (family in {None, p.family})]
     if waiting:

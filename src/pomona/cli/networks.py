@@ -12,7 +12,9 @@ import typer
 from pomona.errors import PomonaError
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-ZooOption = Annotated[str | None, typer.Option("--zoo", help="A folder or a SQLAlchemy URL; POMONA_ZOO or ./pomona-zoo by default.")]
+ZooOption = Annotated[
+    str | None, typer.Option("--zoo", help="A folder or a SQLAlchemy URL; POMONA_ZOO or ./pomona-zoo by default.")
+]
 Id = Annotated[str, typer.Argument(help="A network's id, or the beginning of one.")]
 
 zoo_app = typer.Typer(help="The networks that were trained and kept.", no_args_is_help=True)
@@ -33,13 +35,14 @@ def ls(
     as_json: Json = False,
 ) -> None:
     """The networks in the zoo, newest last."""
+    from pomona.study.result import plain
     from pomona.zoo import Zoo
 
     with Zoo(zoo) as kept:
         records = [r for r in kept.records(study=study) if all_ or r.phase != "tune"]
     if as_json:
         keys = ("id", "study", "candidate", "phase", "seed", "status", "created", "metrics", "cost")
-        print(json.dumps([{key: getattr(r, key) for key in keys} for r in records], indent=1))
+        print(json.dumps(plain([{key: getattr(r, key) for key in keys} for r in records]), indent=1))
         return
     for r in records:
         metric = r.task.get("metric", "")
@@ -56,12 +59,13 @@ def show(id: Id, zoo: ZooOption = None, as_json: Json = False) -> None:
     from dataclasses import asdict
 
     from pomona.recipe import Recipe
+    from pomona.study.result import plain
     from pomona.zoo import Zoo
 
     with Zoo(zoo) as kept:
         record = kept.get(id)
     if as_json:
-        print(json.dumps(asdict(record), indent=1))
+        print(json.dumps(plain(asdict(record)), indent=1))
         return
     print(f"{record.id}  {record.candidate}  ({record.status}, {record.created})")
     print(f"study {record.study or '-'}, {record.phase} {record.index}, seed {record.seed}")
@@ -82,7 +86,7 @@ def rm(ids: Annotated[list[str], typer.Argument(help="Ids of the networks to rem
     from pomona.zoo import Zoo
 
     with Zoo(zoo) as kept:
-        found = [kept.get(id).id for id in ids]  # look all up before removing any
+        found = list(dict.fromkeys(kept.get(id).id for id in ids))  # look all up before removing any
         for id in found:
             kept.remove(id)
     print(f"removed {', '.join(found)}")
@@ -90,8 +94,12 @@ def rm(ids: Annotated[list[str], typer.Argument(help="Ids of the networks to rem
 
 def predict(
     id: Id,
-    data: Annotated[str, typer.Argument(help="CSV, TSV or Parquet with the columns of training, or a folder of images.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a CSV here instead of to the terminal.")] = None,
+    data: Annotated[
+        str, typer.Argument(help="CSV, TSV or Parquet with the columns of training, or a folder of images.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write a CSV here instead of to the terminal.")
+    ] = None,
     zoo: ZooOption = None,
 ) -> None:
     """Predict new rows with a network of the zoo."""
@@ -108,8 +116,12 @@ def predict(
         predictions.to_csv(sys.stdout, index=False)
         return
     temporary = out.with_name(out.name + ".part")
-    predictions.to_csv(temporary, index=False)
-    temporary.replace(out)
+    try:
+        predictions.to_csv(temporary, index=False)
+        temporary.replace(out)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PomonaError(f"out={str(out)!r} cannot be written: {error.strerror}") from error
     print(f"{len(predictions)} predictions written to {out}")
 
 

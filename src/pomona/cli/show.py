@@ -102,9 +102,15 @@ def render(data: dict[str, Any]) -> None:
         for fact in data["facts"]:
             out.print(f"  {escape(fact)}")
     for entry in data["ledger"]:
-        out.print(f"\n[bold]claim {entry['verdict']}[/] ({entry['scale']}, {len(entry['seeds'])} seeds, {entry['date']})")
+        out.print(
+            f"\n[bold]claim {entry['verdict']}[/] ({entry['scale']}, {len(entry['seeds'])} seeds, {entry['date']})"
+        )
         interval = f" [{entry['interval'][0]:+.4g}, {entry['interval'][1]:+.4g}]" if entry["interval"] else ""
-        out.print(escape(f"  {entry['method']} against {entry['baseline']}: {entry['effect']:+.4g}{interval}, {entry['metric']}"))
+        out.print(
+            escape(
+                f"  {entry['method']} against {entry['baseline']}: {entry['effect']:+.4g}{interval}, {entry['metric']}"
+            )
+        )
         out.print(escape(f"  paper: {entry['paper']}"))
         if entry["note"]:
             out.print(escape(f"  {entry['note']}"))

@@ -12,7 +12,9 @@ import typer
 from pomona.errors import PomonaError
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-Data = Annotated[str, typer.Argument(help="A built-in name, CSV, TSV, Parquet, .npz, or a folder of images.", show_default=False)]
+Data = Annotated[
+    str, typer.Argument(help="A built-in name, CSV, TSV, Parquet, .npz, or a folder of images.", show_default=False)
+]
 Target = Annotated[str | None, typer.Option("--target", "-t", help="The column to predict.")]
 ZooOption = Annotated[str | None, typer.Option("--zoo", help="Where networks are kept: a folder or a SQLAlchemy URL.")]
 Types = Annotated[list[str] | None, typer.Option("--type", help="A column's type, as in zip=category; repeatable.")]
@@ -71,9 +73,13 @@ def compare(
     examples: Annotated[float | None, typer.Option(help="in examples seen,")] = None,
     seconds: Annotated[float | None, typer.Option(help="in seconds,")] = None,
     flops: Annotated[float | None, typer.Option(help="or in floating-point operations.")] = None,
-    reference: Annotated[str | None, typer.Option(help="Candidate that the others are compared with; default the first.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Candidate that the others are compared with; default the first.")
+    ] = None,
     match: Annotated[str | None, typer.Option(help="params: equal parameters for all, by width.")] = None,
-    metric: Annotated[str, typer.Option(help="Rank by accuracy, balanced_accuracy, macro_f1, log_loss, auroc, ece; rmse, mae, r2.")] = "",
+    metric: Annotated[
+        str, typer.Option(help="Rank by accuracy, balanced_accuracy, macro_f1, log_loss, auroc, ece; rmse, mae, r2.")
+    ] = "",
     group: Annotated[str | None, typer.Option(help="Column whose groups stay on one side of a split.")] = None,
     time: Annotated[str | None, typer.Option(help="Column by which the latest rows are the test split.")] = None,
     test: Annotated[str | None, typer.Option(help="A file that is the test split.")] = None,
@@ -90,6 +96,7 @@ def compare(
 ) -> None:
     """Which of these ideas helps on my data, and what does it cost?"""
     from pomona.study import compare as run_study
+    from pomona.study.comparison import DEFAULT_CANDIDATES
     from pomona.study.slots import sweep
 
     chosen = [*(candidates or []), *context.args]
@@ -110,7 +117,7 @@ def compare(
         Console().print(task.card.render())
     study = run_study(
         task,
-        **({"candidates": chosen} if chosen else {}),
+        candidates=chosen or DEFAULT_CANDIDATES,
         seeds=seeds, trials=trials, budget=budget, epochs=epochs, examples=examples, seconds=seconds, flops=flops,
         reference=reference, match=match, device=device, zoo=zoo, resume=resume,  # type: ignore[arg-type]
         progress=not as_json and sys.stderr.isatty(),
@@ -132,20 +139,21 @@ def run(
     target: Target = None,
     epochs: Annotated[float | None, typer.Option(help="Budget in epochs (default 20).")] = None,
     seconds: Annotated[float | None, typer.Option(help="Or in seconds.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the training (the recipe's, or 0).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     zoo: ZooOption = None,
     as_json: Json = False,
 ) -> None:
     """Train one recipe and keep the network."""
     from pomona.recipe.single import run_recipe
+    from pomona.study.result import plain
 
     record = run_recipe(
         recipe, data, target, epochs=epochs, seconds=seconds, seed=seed, device=device, zoo=zoo,
         progress=not as_json and sys.stderr.isatty(),
     )  # fmt: skip
     if as_json:
-        print(json.dumps({"id": record.id, "metrics": record.metrics, "cost": record.cost}, indent=1))
+        print(json.dumps(plain({"id": record.id, "metrics": record.metrics, "cost": record.cost}), indent=1))
         return
     for split, metrics in record.metrics.items():
         print(f"{split:<6}" + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

@@ -73,4 +73,6 @@ def print_study(study: Study) -> None:
         console.print(escape(sentence), highlight=False)
     best = study.best_record
     if best is not None:
-        console.print(f"The best network is kept as {best.id}: pomona predict {best.id} new.csv -o out.csv", highlight=False)
+        console.print(
+            f"The best network is kept as {best.id}: pomona predict {best.id} new.csv -o out.csv", highlight=False
+        )

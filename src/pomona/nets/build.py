@@ -19,7 +19,7 @@ from pomona.nets.specs import Inputs, Outputs
 from pomona.nets.tokens import Mixer, Sequence
 from pomona.options import Option, check_options, parse_candidate, scalar
 
-BACKBONES: dict[str, type[nn.Module]] = {
+BACKBONES: dict[str, Any] = {
     "mlp": MLP,
     "convnet": ConvNet,
     "resnet": ResNet,
@@ -35,7 +35,7 @@ class Sized(Protocol):
     outputs: Outputs
 
 
-def backbone(name: str) -> type[nn.Module]:
+def backbone(name: str) -> Any:
     """The class of a backbone.
 
     Raises:
@@ -52,7 +52,7 @@ def keys(name: str) -> tuple[dict[str, str], list[str]]:
     """A backbone's slots with their defaults, and its other settings."""
     cls = backbone(name)
     settings = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return dict(cls.slots), settings  # type: ignore[arg-type]
+    return dict(cls.slots), settings
 
 
 def split_settings(name: str, given: Mapping[str, Any]) -> tuple[dict[str, Option], dict[str, Any]]:
@@ -62,7 +62,8 @@ def split_settings(name: str, given: Mapping[str, Any]) -> tuple[dict[str, Optio
         PomonaError: for a key that the backbone has not, or a value of the wrong type.
     """
     defaults, settings = keys(name)
-    filled, checked = {slot: Option.parse(option) for slot, option in defaults.items()}, {}
+    filled = {slot: Option.parse(option) for slot, option in defaults.items()}
+    checked: dict[str, Any] = {}
     for key, value in given.items():
         if key in defaults:
             filled[key] = Option.parse(value)
@@ -89,10 +90,10 @@ def make(
         PomonaError: if the backbone does not take such inputs, or a layer not such sizes.
     """
     cls = backbone(name)
-    if inputs.kind not in cls.kinds:  # type: ignore[operator]
-        fits = [other for other, c in BACKBONES.items() if inputs.kind in c.kinds]  # type: ignore[operator]
-        raise PomonaError(f"{name} takes {' or '.join(cls.kinds)} input, not {inputs.kind}; use {', '.join(fits)}")  # type: ignore[arg-type]
-    filled = {**cls.slots, **slots}  # type: ignore[dict-item]
+    if inputs.kind not in cls.kinds:
+        fits = [other for other, c in BACKBONES.items() if inputs.kind in c.kinds]
+        raise PomonaError(f"{name} takes {' or '.join(cls.kinds)} input, not {inputs.kind}; use {', '.join(fits)}")
+    filled = {**cls.slots, **slots}
     return cls(inputs, outputs, Fill(filled), **settings)
 
 

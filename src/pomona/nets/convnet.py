@@ -16,7 +16,8 @@ def global_mean(x: Tensor) -> Tensor:
 
 
 class ConvNet(nn.Module):
-    """``depth`` stages of (conv 3x3, norm, act), a pooling after each while the image is at least 4 pixels, global mean, memory, head.
+    """``depth`` stages of (conv 3x3, norm, act), a pooling after each while the image is at least 4 pixels, global
+    mean, memory, head.
 
     Channels double at each pooling.
 

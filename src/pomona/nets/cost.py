@@ -1,4 +1,5 @@
-"""What a network costs: parameters, floating-point operations, memory, latency; and width chosen to a number of parameters."""
+"""What a network costs: parameters, floating-point operations, memory, latency; and width chosen to a number of
+parameters."""
 
 from __future__ import annotations
 
@@ -61,15 +62,19 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def training_memory(net: nn.Module, example: Tensor, loss: Callable[[Tensor], Tensor] | None = None) -> int:
-    """Peak bytes that one forward and backward pass of ``example`` allocates, gradients included, parameters not."""
+    """Peak bytes that one training step's forward and backward pass of ``example`` allocate, gradients included,
+    parameters not."""
     objective = loss or (lambda output: output.square().mean())
     state = {name: value.clone() for name, value in net.state_dict().items()}
     counter = _LiveBytes()
+    training = net.training
+    net.train()
     # dropout draws from the global generator, which is not ours to move
     with torch.random.fork_rng(), counter:
         objective(net(example)).backward()
     net.zero_grad(set_to_none=True)
     net.load_state_dict(state)  # batch norm has moved its statistics
+    net.train(training)
     return counter.peak
 
 
@@ -131,6 +136,7 @@ def match_width(
     best = min(usable_counts, key=lambda w: abs(usable_counts[w] - target))
     if abs(usable_counts[best] - target) > tolerance * target:
         raise PomonaError(
-            f"no width comes within {tolerance:.0%} of {target} parameters; the nearest is width={best} with {usable_counts[best]}"
+            f"no width comes within {tolerance:.0%} of {target} parameters; "
+            f"the nearest is width={best} with {usable_counts[best]}"
         )
     return best

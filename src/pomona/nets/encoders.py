@@ -113,6 +113,13 @@ class Pass(nn.Module):
         return x
 
 
+def width(encoder: nn.Module) -> int:
+    """How many features an encoder gives."""
+    features = encoder.features
+    assert isinstance(features, int)
+    return features
+
+
 def column_encoder(column: Column) -> nn.Module:
     """The default encoder of a typed column; its ``features`` says how wide its output is."""
     if column.kind == "category":
@@ -150,7 +157,7 @@ class TableEncoder(nn.Module):
                 self.slices.append((start, start + column.width))
             start += column.width
         self.encoders = nn.ModuleList(encoders)
-        self.features = sum(int(e.features) for e in encoders)  # type: ignore[arg-type]
+        self.features = sum(width(encoder) for encoder in encoders)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -197,7 +204,8 @@ def vector_encoder(inputs: Inputs) -> nn.Module:
 
 
 class ColumnTokens(nn.Module):
-    """A table as tokens: each column's encoding mapped to ``dim`` features, plus a learned vector that tells columns apart.
+    """A table as tokens: each column's encoding mapped to ``dim`` features, plus a learned vector that tells
+    columns apart.
 
     Columns that are single values share one batched product: token_j = x_j w_j + b_j.
 
@@ -206,6 +214,8 @@ class ColumnTokens(nn.Module):
     Shapes:
         (B, sum of column widths) -> (B, columns, dim)
     """
+
+    plain: Tensor
 
     def __init__(self, inputs: Inputs, dim: int) -> None:
         super().__init__()
@@ -220,10 +230,7 @@ class ColumnTokens(nn.Module):
             start += column.width
         self.register_buffer("plain", torch.tensor(plain, dtype=torch.long), persistent=False)
         self.slices = [(a, b) for a, b, _ in rest]
-        self.encoders = nn.ModuleList(
-            nn.Sequential(encoder, nn.Linear(int(encoder.features), dim))  # type: ignore[arg-type]
-            for _, _, encoder in rest
-        )
+        self.encoders = nn.ModuleList(nn.Sequential(encoder, nn.Linear(width(encoder), dim)) for _, _, encoder in rest)
         self.tokens = len(plain) + len(rest)
         bound = dim**-0.5
         self.weight = nn.Parameter(torch.empty(len(plain), dim).uniform_(-bound, bound))
@@ -273,7 +280,8 @@ def default_patch(size: int) -> int:
 
 
 class Steps(nn.Module):
-    """A series (or tokens) as one token a step, with learned positions; long series are strided down to at most ``longest`` tokens.
+    """A series (or tokens) as one token a step, with learned positions; long series are strided down to at most
+    ``longest`` tokens.
 
     Shapes:
         (B, C, L) or (B, L) of ids -> (B, steps, dim)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn, tensor
 
 from pomona import options
+from pomona.errors import PomonaError
 from pomona.nets.specs import Outputs
 from pomona.options import Option
 
@@ -41,12 +42,16 @@ class Fill:
         if factor == 1:
             return act, width
         before = round(width / factor)
+        if round(before * factor) != width:
+            name = self.slots["act"].name
+            raise PomonaError(f"act={name} makes {factor:g} features of one, so width={width} cannot come out of it")
         return self.act(before, channel_dim), before
 
     def unit(
         self, make: Callable[[int], nn.Module], width: int, *, dims: int = 0, dropout: float = 0.0
     ) -> nn.Sequential:
-        """``make(width)`` followed by norm, activation and dropout, leaving out what is empty; ``width`` features come out."""
+        """``make(width)`` followed by norm, activation and dropout, leaving out what is empty; ``width`` features
+        come out."""
         act, before = self.widened_act(width, -1 if dims == 0 else 1)
         layers = [make(before)]
         if not self.empty("norm"):
@@ -63,6 +68,9 @@ class Unscale(nn.Module):
     Shapes:
         (B, targets) -> (B, targets)
     """
+
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, outputs: Outputs) -> None:
         super().__init__()

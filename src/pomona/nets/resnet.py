@@ -51,7 +51,8 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """conv 3x3 -> stages of basic blocks, channels doubling and resolution halving from stage to stage -> global mean -> head.
+    """conv 3x3 -> stages of basic blocks, channels doubling and resolution halving from stage to stage -> global
+    mean -> head.
 
     Args:
         width: channels of the first stage.

@@ -13,8 +13,8 @@ class Column:
     """One typed column of a table and the slice of the input row that holds it.
 
     The input row is one float vector; a column occupies ``width`` consecutive entries of it: its standardised
-    value(s) (number, binary, date), its integer code (category: one entry, 0 stands for missing or unseen), its token codes
-    (text: ``width`` tokens, 0 is padding) or its pixels (image: ``shape`` flattened).
+    value(s) (number, binary, date), its integer code (category: one entry, 0 stands for missing or unseen), its
+    token codes (text: ``width`` tokens, 0 is padding) or its pixels (image: ``shape`` flattened).
     """
 
     name: str
@@ -76,6 +76,4 @@ def inputs_from_json(data: dict[str, Any]) -> Inputs:
 
 def outputs_from_json(data: dict[str, Any]) -> Outputs:
     """The inverse of :func:`to_json` for :class:`Outputs`."""
-    return Outputs(
-        data["kind"], data["size"], tuple(data["names"]), tuple(data["mean"]), tuple(data["scale"])
-    )
+    return Outputs(data["kind"], data["size"], tuple(data["names"]), tuple(data["mean"]), tuple(data["scale"]))

@@ -1,7 +1,7 @@
 """One-dimensional function bases, evaluated feature by feature: what Kolmogorov-Arnold layers are made of.
 
-A basis maps ``(..., features)`` to ``(..., features, n_basis)``; each feature has its own grid. Outside their grid the local
-bases (B-spline, radial, wavelet, ReLU) fade to zero, so that only a layer's base branch acts there.
+A basis maps ``(..., features)`` to ``(..., features, n_basis)``; each feature has its own grid. Outside their grid
+the local bases (B-spline, radial, wavelet, ReLU) fade to zero, so that only a layer's base branch acts there.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class Basis(nn.Module):
 
 
 def resample_edges(edges: Tensor, size: int) -> Tensor:
-    """Piecewise linear resampling of grid edges (features, old size + 1) -> (features, size + 1); nested for multiples."""
+    """Piecewise linear resampling of grid edges (features, old size + 1) -> (features, size + 1); nested for
+    multiples.
+    """
     return F.interpolate(edges[None].double(), size + 1, mode="linear", align_corners=True)[0].to(edges)
 
 
@@ -104,9 +106,10 @@ class BSpline(Basis):
     B_{m,0}(x) = [t_m <= x < t_{m+1}],
     B_{m,d}(x) = (x - t_m) / (t_{m+d} - t_m) B_{m,d-1}(x) + (t_{m+d+1} - x) / (t_{m+d+1} - t_{m+1}) B_{m+1,d-1}(x).
 
-    Only the k + 1 functions that are not zero at x are computed, then put in their places, so that no tensor has more than
-    batch * features * (size + k) entries. They are non-negative, sum to 1 on the grid and fade to 0 over the k intervals
-    beside it.
+    Only the k + 1 functions that are not zero at x are computed, then put in their places, so that no tensor has
+    more than
+    batch * features * (size + k) entries. They are non-negative, sum to 1 on the grid and fade to 0 over the k
+    intervals beside it.
 
     Source: A Practical Guide to Splines (de Boor, 1978); as used in KAN: Kolmogorov-Arnold Networks, arXiv 2404.19756.
     """
@@ -135,7 +138,9 @@ class BSpline(Basis):
         return {"grid_eps": self.grid_eps, "k": self.k}
 
     def place_(self) -> None:
-        """Extend the edges evenly by 2k intervals a side: k for the bases, k more only to evaluate the outermost pieces."""
+        """Extend the edges evenly by 2k intervals a side: k for the bases, k more only to evaluate the outermost
+        pieces.
+        """
         edges = self.edges.double()
         step = (edges[:, -1:] - edges[:, :1]) / self.size
         out = step * torch.arange(1, 2 * self.k + 1, device=edges.device)
@@ -152,6 +157,7 @@ class BSpline(Basis):
         low, high = extended[:, 0], extended[:, -1]
         inside = (x >= low) & (x <= high)
         x = torch.where(inside, x, low)
+
         def lead(n: Tensor) -> Tensor:
             return n.reshape(-1, *[1] * x.dim())
 
@@ -239,7 +245,7 @@ class Ranged(Basis):
     """Functions of u, where u = -1 and 1 at the ends of the grid; only the grid's ends matter."""
 
     def unit(self, x: Tensor) -> Tensor:
-        """x with the grid's range mapped to [-1, 1]."""
+        """X with the grid's range mapped to [-1, 1]."""
         low, high = self.edges[:, 0].to(x), self.edges[:, -1].to(x)
         return (2 * x - low - high) / (high - low)
 

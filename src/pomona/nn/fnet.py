@@ -29,6 +29,8 @@ class FourierMixer(nn.Module):
     sees every other one; there is no causal form.
 
     Args:
+        dim: D; with ``tokens`` it lets matmul keep its matrices instead of making them at every call.
+        tokens: N.
         method: fft, or matmul: products with the DFT matrices, which can be faster up to about 512 tokens.
         scale: backward (unnormalised, as in the paper, where a layer norm follows) or ortho (divided by sqrt(N D)).
         causal: must be False.
@@ -43,6 +45,8 @@ class FourierMixer(nn.Module):
 
     def __init__(
         self,
+        dim: int | None = None,
+        tokens: int | None = None,
         *,
         method: Literal["fft", "matmul"] = "fft",
         scale: Literal["backward", "ortho"] = "backward",
@@ -54,9 +58,14 @@ class FourierMixer(nn.Module):
         if scale not in ("backward", "ortho"):
             raise unknown("scale", scale, ["backward", "ortho"])
         if causal:
-            raise PomonaError("causal=True is impossible: a Fourier transform over the tokens mixes later ones into earlier")
+            raise PomonaError(
+                "causal=True is impossible: a Fourier transform over the tokens mixes later ones into earlier"
+            )
         self.method, self.scale = method, scale
-        self._matrices: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        if method == "matmul":
+            for n in {dim, tokens} - {None}:
+                for part, matrix in zip(("real", "imag"), dft_matrices(int(n), torch.empty(0)), strict=True):
+                    self.register_buffer(f"{part}_{n}", matrix, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """See the class."""
@@ -86,10 +95,9 @@ class FourierMixer(nn.Module):
         return y + self.imaginary * (cn @ xs + sn @ xc) if self.imaginary else y
 
     def _dft(self, n: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        key = (n, x.dtype, x.device)
-        if key not in self._matrices:
-            self._matrices[key] = dft_matrices(n, x.detach())
-        return self._matrices[key]
+        if hasattr(self, f"real_{n}"):
+            return getattr(self, f"real_{n}").to(x), getattr(self, f"imag_{n}").to(x)
+        return dft_matrices(n, x)
 
     def extra_repr(self) -> str:
         """Options."""
@@ -169,8 +177,8 @@ def random_mixer(dim: int, tokens: int, *, generator: torch.Generator | None = N
 
 
 ENCODER_MIXERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "fourier": lambda dim, tokens: FourierMixer(),
-    "hartley": lambda dim, tokens: HartleyMixer(),
+    "fourier": FourierMixer,
+    "hartley": HartleyMixer,
     "dct": lambda dim, tokens: DCTMixer(),
     "linear": linear_mixer,
     "random": random_mixer,
@@ -253,13 +261,14 @@ class FNet(nn.Module):
         self.max_len, self.pad = max_len, pad
         self.word = nn.Embedding(vocab, dim, padding_idx=pad)
         self.position = nn.Embedding(max_len, dim)
-        self.type = nn.Embedding(types, dim)
+        self.token_type = nn.Embedding(types, dim)
         self.norm = nn.LayerNorm(dim)
         self.projection = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
         kinds = [mixer] * (layers - hybrid) + ["attention"] * hybrid
         self.blocks = nn.ModuleList(
-            FNetBlock(dim, hidden, norm=norm, mixer=ENCODER_MIXERS[kind](dim, max_len), dropout=dropout) for kind in kinds
+            FNetBlock(dim, hidden, norm=norm, mixer=ENCODER_MIXERS[kind](dim, max_len), dropout=dropout)
+            for kind in kinds
         )
         self.pool = nn.Linear(dim, dim)
         self.transform = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim))
@@ -279,7 +288,7 @@ class FNet(nn.Module):
             raise PomonaError(f"ids has {ids.shape[-1]} tokens, but max_len={self.max_len}")
         types = torch.zeros_like(ids) if types is None else types
         positions = torch.arange(ids.shape[-1], device=ids.device)
-        x = self.word(ids) + self.position(positions) + self.type(types)
+        x = self.word(ids) + self.position(positions) + self.token_type(types)
         x = self.dropout(self.projection(self.norm(x)))
         mask = None if self.pad is None else ids != self.pad
         for block in self.blocks:
@@ -287,7 +296,7 @@ class FNet(nn.Module):
         return x
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """tanh of a linear map of the first token: (B, N, D) -> (B, D)."""
+        """Tanh of a linear map of the first token: (B, N, D) -> (B, D)."""
         return torch.tanh(self.pool(tokens[..., 0, :]))
 
     def masked_word_logits(self, tokens: Tensor) -> Tensor:

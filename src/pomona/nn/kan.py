@@ -24,7 +24,8 @@ BASE_FUNCTIONS = {
 class KANLayer(nn.Module):
     """y_o = sum_i phi_oi(x_i),  phi_oi(x) = s_b[o,i] b(x) + s_s[o,i] sum_m c[o,i,m] B_m(x).
 
-    B are the functions of a `Basis` (B-splines of order ``k`` on ``grid`` intervals by default) and b is a fixed base function.
+    B are the functions of a `Basis` (B-splines of order ``k`` on ``grid`` intervals by default) and b is a fixed
+    base function.
     An input beyond the extended grid meets only the base branch; move the grid to the data with `update_grid`.
 
     Args:
@@ -129,8 +130,8 @@ class KANLayer(nn.Module):
     def refine(self, grid: int) -> None:
         """Grid extension: ``grid`` intervals in place of the present ones, coefficients refitted to the same functions.
 
-        The functions do not change on the grid if ``grid`` is a multiple of the present one. The coefficients become a new
-        parameter, so make a new optimiser afterwards.
+        The functions do not change on the grid if ``grid`` is a multiple of the present one. The coefficients
+        become a new parameter, so make a new optimiser afterwards.
         """
         if grid < self.grid:
             raise PomonaError(f"grid={grid} must be at least the present {self.grid}; refine only makes grids finer")

@@ -129,7 +129,7 @@ class KAN(nn.Module):
         return [self.edges(index, given).abs().mean(0) for index, given in enumerate(received)]
 
     def regularisation(self, x: Tensor, l1: float = 1.0, entropy: float = 1.0) -> Tensor:
-        """sum over layers of l1 * |layer| + entropy * H(layer).
+        """Sum over layers of l1 * |layer| + entropy * H(layer).
 
         |layer| is the sum of its edges' mean |phi| over the batch, H the entropy of their shares of it.
         """
@@ -219,7 +219,8 @@ class KAN(nn.Module):
 
     @torch.no_grad()
     def prune(self, x: Tensor, threshold: float = 1e-2) -> KAN:
-        """A smaller network without the hidden nodes whose largest incoming or largest outgoing edge norm is below ``threshold``.
+        """A smaller network without the hidden nodes whose largest incoming or largest outgoing edge norm is below
+        ``threshold``.
 
         A layer keeps at least its best node. The norms are those of `edge_norms` on ``x``.
         """
@@ -261,7 +262,9 @@ class KAN(nn.Module):
         return sorted(found, key=lambda s: -s.r2)
 
     def fix_symbolic(self, layer: int, i: int, o: int, name: str, affine: Sequence[float] = (1, 0, 1, 0)) -> None:
-        """Replace the edge from input ``i`` to output ``o`` by c f(a x + b) + d with ``affine`` = (a, b, c, d), in place."""
+        """Replace the edge from input ``i`` to output ``o`` by c f(a x + b) + d with ``affine`` = (a, b, c, d), in
+        place.
+        """
         self._check_edge(layer, i, o)
         self.symbolic[layer][f"{o},{i}"] = SymbolicEdge(name, [float(v) for v in affine]).to(self._layers()[layer].mask)  # type: ignore[operator]
         self._layers()[layer].mask[o, i] = 0
@@ -282,7 +285,8 @@ class KAN(nn.Module):
         return done
 
     def formula(self, names: Sequence[str] | None = None, digits: int = 4) -> list[Any]:
-        """The outputs as sympy expressions; an edge that is still a spline appears as an unknown function phi_layer_i_o.
+        """The outputs as sympy expressions; an edge that is still a spline appears as an unknown function
+        phi_layer_i_o.
 
         Raises:
             MissingExtra: if sympy is not installed.

@@ -1,7 +1,7 @@
 """Token mixers, and the network that any of them makes.
 
-A `TokenMixer` maps tokens ``(B, N, D)`` to ``(B, N, D)`` and lets them see one another. ``mask`` (B, N) is True at real tokens;
-padding is set to zero before mixing, so that it adds nothing (attention leaves it out of the softmax).
+A `TokenMixer` maps tokens ``(B, N, D)`` to ``(B, N, D)`` and lets them see one another. ``mask`` (B, N) is True at
+real tokens; padding is set to zero before mixing, so that it adds nothing (attention leaves it out of the softmax).
 """
 
 from __future__ import annotations
@@ -271,7 +271,9 @@ class Affine(nn.Module):
 
 
 class Branch(nn.Module):
-    """LayerScale and stochastic depth on a residual branch: y = scale * x, or 0 for a whole example with probability ``drop``."""
+    """LayerScale and stochastic depth on a residual branch: y = scale * x, or 0 for a whole example with
+    probability ``drop``.
+    """
 
     def __init__(self, dim: int, scale: float | None = None, drop: float = 0.0) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ class _PomonaEstimator(BaseEstimator):
             frame = frame.rename(columns=str)
             if fit:
                 encoders, _ = fit_encoders(frame, {}, Path(), 32)
-                self.pipeline_ = Pipeline("table", TargetCoder("classes", "y", ("0", "1")), encoders)
+                self.pipeline_ = Pipeline("table", TargetCoder("y", "classes", ()), encoders)
                 self._inputs = self.pipeline_.inputs
             return self.pipeline_.transform(frame)
         array = validate_data(self, X, reset=fit, dtype=np.float64, ensure_min_samples=2 if fit else 1)

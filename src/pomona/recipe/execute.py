@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pomona import options
 from pomona.data.pipeline import Pipeline
 from pomona.data.task import Task
 from pomona.errors import PomonaError
@@ -20,8 +21,8 @@ from pomona.nets.specs import Inputs, Outputs, inputs_from_json, outputs_from_js
 from pomona.recipe.recipe import Recipe
 from pomona.train.budget import Budget
 from pomona.train.loop import Fit, evaluate, fit
+from pomona.train.settings import Training
 from pomona.zoo import Record, Zoo
-
 
 KEPT_ROWS = 4
 """Real rows that the zoo keeps with a task, to check exported networks on."""
@@ -56,20 +57,22 @@ def train_recipe(
         task: on what.
         budget: for how long, edits included.
         seed: of initialisation, batches and every other draw.
-        device: in place of the recipe's own.
+        device: in place of the recipe's own, unless ``auto``.
         on_validation: told of each validation.
 
     Raises:
         PomonaError: whatever does not fit.
     """
     net = recipe.build(task, seed=seed)
-    settings = recipe.train_settings(**({"device": device} if device else {}))
+    settings = recipe.train_settings(**({"device": device} if device not in {None, "auto"} else {}))
     flops = costs.flops(net, task.example)
-    extra: dict[str, Any] = {"seed": seed, "on_validation": on_validation, "flops_per_example": flops}
-    result = fit(net, task, settings, budget=budget, **extra)
-    materialize = getattr(result.net, "materialize", None)
-    if callable(materialize):  # generated weights become ordinary ones
-        result.net = materialize()
+    if recipe.edit:
+        result = _edited(recipe, task, settings, budget, flops, seed)
+    else:
+        result = fit(
+            net, task, settings, budget=budget, seed=seed, on_validation=on_validation, flops_per_example=flops
+        )
+    result.net = _ordinary(result.net)
     cost = {
         "parameters": float(costs.parameters(result.net)),
         "flops": float(flops),
@@ -79,8 +82,26 @@ def train_recipe(
     return Trained(result, cost)
 
 
+def _ordinary(net: nn.Module) -> nn.Module:
+    """Generated weights made ordinary ones."""
+    materialize = getattr(net, "materialize", None)
+    return materialize() if callable(materialize) else net
+
+
+def _edited(recipe: Recipe, task: Task, settings: Training, budget: Budget, flops: float, seed: int) -> Fit:
+    """Training by way of an edit, which shares the budget's steps among its trainings."""
+    if len(recipe.edit) > 1:
+        raise PomonaError(f"edit={'+'.join(recipe.edit)} names {len(recipe.edit)} edits; one at a time is possible now")
+    steps = budget.steps(len(task.splits["train"]), settings.batch_size, flops)
+    if steps is None:
+        raise PomonaError(f"edit={recipe.edit[0]} shares out steps; give the budget in epochs, examples or flops")
+    # the edit lends the global generator a seed before each call
+    return options.make("edit", recipe.edit[0])(lambda: recipe.assemble(task), task, settings, steps, seed)
+
+
 def measure_cost(net: nn.Module, task: Task, batch_size: int) -> dict[str, float]:
-    """``memory`` (bytes, one training step) and ``latency_1`` and ``latency_256`` (seconds) of a network on this machine."""
+    """``memory`` (bytes, one training step) and ``latency_1`` and ``latency_256`` (seconds) of a network on this
+    machine."""
     x = task.splits["train"].x
     rows = x[torch.arange(256) % len(x)]
     return {
@@ -173,12 +194,22 @@ def restore(zoo: Zoo, id: str) -> Restored:
     """
     record = zoo.get(id)
     if not record.weights:
-        raise PomonaError(f"network {record.id} has no weights: its training ended with {record.status} ({record.error})")
+        raise PomonaError(
+            f"network {record.id} has no weights: its training ended with {record.status} ({record.error})"
+        )
     state = zoo.state(record.id)
     recipe = Recipe.parse(record.recipe)
 
     specs = Specs(inputs_from_json(record.task["inputs"]), outputs_from_json(record.task["outputs"]))
-    net = recipe.build(specs)
-    net.load_state_dict(state)
+    net = _ordinary(recipe.build(specs))
+    widest = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
+    try:
+        net.to(widest).load_state_dict(state)
+    except RuntimeError as error:
+        made = record.versions.get("pomona", "another version")
+        raise PomonaError(
+            f"the weights of network {record.id} do not fit the network that its recipe builds here; it was made by "
+            f"pomona {made}"
+        ) from error
     pipeline = record.task.get("pipeline")
     return Restored(net.eval(), recipe, record, Pipeline.from_json(pipeline) if pipeline else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ def raw_rows(data: str | Path) -> Any:
         return images
     if path.suffix == ".npz" and path.exists():
         with np.load(path, allow_pickle=False) as arrays:
-            if "X" not in arrays:
-                raise PomonaError(f"{str(data)!r} holds {', '.join(arrays) or 'nothing'}; the rows to predict must be called X")
+            if "X" not in arrays.files:
+                raise PomonaError(
+                    f"{str(data)!r} holds {', '.join(arrays.files) or 'nothing'}; the rows to predict must be called X"
+                )
             return arrays["X"]
     return read_table(path)[0]
 
 
 def example_rows(inputs: Inputs, count: int = 8) -> Tensor:
-    """Rows that a network of these inputs takes: standard normal values, random codes in the columns that hold codes."""
+    """Rows that a network of these inputs takes: standard normal values, random codes in the columns that hold
+    codes."""
     generator = torch.Generator().manual_seed(0)
     if inputs.kind == "tokens":
         return torch.randint(inputs.vocabulary, (count, *inputs.shape), generator=generator)
@@ -60,7 +64,8 @@ def _rows(network: Restored) -> Tensor:
     kept = network.record.task.get("rows")
     if not kept:
         return example_rows(inputs)
-    return torch.tensor(kept, dtype=torch.long if inputs.kind == "tokens" else torch.float32)
+    rows = torch.tensor(kept, dtype=torch.long if inputs.kind == "tokens" else torch.float32)
+    return rows if len(rows) > 1 else rows.repeat(2, *[1] * (rows.ndim - 1))  # one row would fix the batch size
 
 
 def export_torch(network: Restored, path: Path) -> float:
@@ -73,12 +78,14 @@ def export_torch(network: Restored, path: Path) -> float:
     net = network.network.eval()
     try:
         program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-        other = program.module()(x)
     except Exception as error:
         raise PomonaError(f"network {network.record.id} cannot be exported: {_first_line(error)}") from error
-    difference = _difference(net, x, other)
-    _keep(path, lambda temporary: torch.export.save(program, temporary), suffix=".pt2")
-    return difference
+    return _keep(
+        path,
+        lambda file: torch.export.save(program, file),
+        lambda file: _difference(net, x, torch.export.load(file).module()(x)),
+        suffix=".pt2",
+    )
 
 
 def export_onnx(network: Restored, path: Path) -> float:
@@ -101,13 +108,15 @@ def export_onnx(network: Restored, path: Path) -> float:
                 input_names=["x"], output_names=["output"],
             )  # fmt: skip
         assert program is not None
-        session = runtime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
-        other = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+        model = program.model_proto.SerializeToString()
     except Exception as error:
         raise PomonaError(f"network {network.record.id} cannot be written as ONNX: {_first_line(error)}") from error
-    difference = _difference(net, x, other)
-    _keep(path, lambda temporary: Path(temporary).write_bytes(program.model_proto.SerializeToString()), suffix=".onnx")
-    return difference
+
+    def check(file: Path) -> float:
+        session = runtime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+        return _difference(net, x, torch.from_numpy(session.run(None, {"x": x.numpy()})[0]))
+
+    return _keep(path, lambda file: file.write_bytes(model), check, suffix=".onnx")
 
 
 def _first_line(error: Exception) -> str:
@@ -129,13 +138,17 @@ def _difference(net: torch.nn.Module, x: Tensor, other: Tensor) -> float:
     return difference
 
 
-def _keep(path: Path, write: Any, suffix: str) -> None:
-    """Write beside the path, then rename: nothing half written."""
+def _keep(path: Path, write: Callable[[Path], Any], check: Callable[[Path], float], suffix: str) -> float:
+    """Write beside the path, check what was written, then rename: nothing half written, nothing wrong."""
+    if not path.parent.is_dir():
+        raise PomonaError(f"{str(path)!r} cannot be written: the folder {str(path.parent)!r} does not exist")
     temporary = path.with_name(f".{path.stem}.part{suffix}")
     try:
         write(temporary)
+        difference = check(temporary)
         temporary.replace(path)
     except OSError as error:
         raise PomonaError(f"{str(path)!r} cannot be written: {error.strerror}") from error
     finally:
         temporary.unlink(missing_ok=True)
+    return difference

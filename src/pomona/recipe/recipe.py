@@ -47,7 +47,9 @@ class Recipe(BaseModel):
     @field_validator("slots", mode="before")
     @classmethod
     def _slots_as_text(cls, value: Any) -> Any:
-        return {slot: str(Option.parse(option)) for slot, option in value.items()} if isinstance(value, Mapping) else value
+        return (
+            {slot: str(Option.parse(option)) for slot, option in value.items()} if isinstance(value, Mapping) else value
+        )
 
     @classmethod
     def parse(cls, source: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
@@ -133,7 +135,8 @@ class Recipe(BaseModel):
             raise _sentence(error, Training.model_fields) from error
 
     def with_values(self, values: Mapping[str, Any]) -> Recipe:
-        """A copy with tuned values: ``lr`` (training), ``width`` (settings) or ``linear.grid`` (an option of a slot)."""
+        """A copy with tuned values: ``lr`` (training), ``width`` (settings) or ``linear.grid`` (an option of a
+        slot)."""
         data = self.model_dump()
         for key, value in values.items():
             slot, dot, option = key.partition(".")
@@ -154,15 +157,17 @@ class Recipe(BaseModel):
         """
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            net = self._plain(task, None)
-            if self.init is not None:
-                options.make("init", self.init)(net)
-            if self.weights is not None:
-                net = options.make("weights", self.weights)(net)
-        return net
+            return self.assemble(task)
+
+    def assemble(self, task: Sized) -> nn.Module:
+        """:meth:`build` from the global generator as it stands."""
+        net = self._plain(task, None)
+        if self.init is not None:
+            options.make("init", self.init)(net)
+        return net if self.weights is None else options.make("weights", self.weights)(net)
 
     def matched(self, task: Sized, parameters: int) -> Recipe:
-        """This recipe with the width at which its network has ``parameters`` parameters, within 2%.
+        """The recipe with the width at which its network has ``parameters`` parameters, within 2%.
 
         Raises:
             PomonaError: if no width comes so near.

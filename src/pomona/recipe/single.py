@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pomona.data import load
 from pomona.data.task import Task
-from pomona.errors import PomonaError
+from pomona.errors import PomonaError, unknown
 from pomona.recipe.execute import measure_cost, metrics_of, task_json, train_recipe, versions
 from pomona.recipe.recipe import Recipe, read_yaml
 from pomona.train.budget import Budget
@@ -61,18 +62,22 @@ def run_recipe(
     if isinstance(data, Task):
         task = data
     else:
-        task = load(data, target or extra.get("target"), **extra.get("load", {}))
+        task = load(data, target or extra.get("target"), **_load_options(extra.get("load", {})))
     if epochs is not None and seconds is not None:
         raise PomonaError("give one budget, epochs or seconds, not both")
     if epochs is None and seconds is None:
         epochs, seconds = extra.get("epochs"), extra.get("seconds")
     budget = Budget("seconds", seconds) if seconds is not None else Budget("epochs", 20 if epochs is None else epochs)
-    seed = int(extra.get("seed", 0)) if seed is None else seed
+    seed = extra.get("seed", 0) if seed is None else seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise PomonaError(f"seed={seed!r} must be a whole number")
     with _bar(progress, budget) as told:
         trained = train_recipe(parsed, task, budget, seed=seed, device=device, on_validation=told)
     fit = trained.fit
     if fit.stopped == "diverged" and fit.best < 0:
-        raise PomonaError(f"the training diverged after {fit.steps} steps; try a smaller learning rate, such as lr=0.0005")
+        raise PomonaError(
+            f"the training diverged after {fit.steps} steps; try a smaller learning rate, such as lr=0.0005"
+        )
     with zoo if isinstance(zoo, Zoo) else Zoo(zoo) as kept:
         record = Record(
             candidate=str(parsed),
@@ -87,6 +92,17 @@ def run_recipe(
         )
         kept.add(record, fit.net.state_dict())
     return record
+
+
+def _load_options(given: Any) -> dict[str, Any]:
+    """The recipe's ``load``, its keys looked up before use."""
+    known = list(inspect.signature(load).parameters)[2:]
+    if not isinstance(given, Mapping):
+        raise PomonaError(f"load={given!r} must be a mapping of {', '.join(known)}")
+    for key in given:
+        if key not in known:
+            raise unknown("key of load", key, known)
+    return dict(given)
 
 
 class _bar:

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from pomona.errors import PomonaError
 from pomona.recipe.recipe import Recipe
 from pomona.report import figures
-from pomona.study.result import Study
+from pomona.study.result import Study, plain
 from pomona.study.sentences import SHARES
 from pomona.train.loop import predict
 
@@ -79,7 +79,7 @@ def _environment() -> jinja2.Environment:
 
 def _script(data: Any) -> str:
     """JSON that is safe inside a script element: no tag can begin in it."""
-    return json.dumps(data, default=float).replace("NaN", "null").replace("<", "\\u003c")
+    return json.dumps(plain(data), allow_nan=False).replace("<", "\\u003c")
 
 
 def _errors(study: Study) -> tuple[str, str, str, figures.Figure | None]:
@@ -104,7 +104,9 @@ def _cells(study: Study, row: Any) -> dict[str, Any]:
 
     def cost(name: str, factor: float = 1) -> str:
         number = row.cost.get(name)
-        return "" if number is None else f"{factor * number:,.3g}" if number * factor < 1000 else f"{number * factor:,.0f}"
+        return (
+            "" if number is None else f"{factor * number:,.3g}" if number * factor < 1000 else f"{number * factor:,.0f}"
+        )
 
     gap = row.difference
     return {

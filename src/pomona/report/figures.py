@@ -1,4 +1,5 @@
-"""The report's charts, as Plotly figures in plain data. Colours follow the page's theme, so none is set but the series' own."""
+"""The report's charts, as Plotly figures in plain data. Colours follow the page's theme, so none is set but the
+series' own."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def ranking(study: Study) -> Figure:
     legend = {"orientation": "h", "y": 1.08, "x": 0}
     return {
         "data": traces,
-        "layout": _layout(110 + 26 * len(rows), xaxis=_axis(study), yaxis=yaxis) | {"showlegend": True, "legend": legend},
+        "layout": _layout(110 + 26 * len(rows), xaxis=_axis(study), yaxis=yaxis)
+        | {"showlegend": True, "legend": legend},
     }
 
 
@@ -148,7 +150,8 @@ def curves(study: Study) -> Figure | None:
 
 
 def quality_against_cost(study: Study) -> Figure | None:
-    """The metric against each cost, the Pareto front drawn through what nothing beats in both; buttons choose the cost."""
+    """The metric against each cost, the Pareto front drawn through what nothing beats in both; buttons choose the
+    cost."""
     rows = [row for row in study.rows if row.kind == "network" and row.values]
     names = [name for name in COSTS if any(row.cost.get(name) for row in rows)]
     if not names:

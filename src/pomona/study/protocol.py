@@ -72,8 +72,8 @@ def choose_budget(
 ) -> tuple[Budget, float | None]:
     """The budget of one training, and the wall-clock of the study if that was given.
 
-    A wall-clock is shared equally: a tenth is kept for the classical references and for measuring, the rest is divided by
-    the number of trainings.
+    A wall-clock is shared equally: a tenth is kept for the classical references and for measuring, the rest is
+    divided by the number of trainings.
 
     Raises:
         PomonaError: if more than one budget is given, or one is not above zero.
@@ -106,7 +106,13 @@ def seed_list(seeds: int | list[int] | range) -> list[int]:
     Raises:
         PomonaError: if there is none, or one twice.
     """
-    chosen = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds)
+    counted = isinstance(seeds, int) and not isinstance(seeds, bool)
+    if not counted and not isinstance(seeds, (list, tuple, range)):
+        raise PomonaError(f"seeds={seeds!r} must be a number of seeds, such as 5, or a list of them")
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    for seed in chosen:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise PomonaError(f"seeds={seeds!r} must hold whole numbers, not {seed!r}")
     if not chosen:
         raise PomonaError(f"seeds={seeds!r} must name at least one seed")
     if len(set(chosen)) != len(chosen):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,15 @@ class Reference:
     seconds: float
     note: str = ""
 
+    @classmethod
+    def failed(cls, name: str, error: Exception) -> Reference:
+        """A model that cannot be fitted to such data."""
+        return cls(name, [], [], 0.0, f"{type(error).__name__}: {error}".splitlines()[0])
+
 
 def features(task: Task) -> dict[str, np.ndarray]:
-    """Each split as a plain matrix: categories one-hot (codes beyond a limit stay codes), text as token counts, the rest flat."""
+    """Each split as a plain matrix: categories one-hot (codes beyond a limit stay codes), text as token counts, the
+    rest flat."""
     if task.inputs.kind != "table" or not task.inputs.columns:
         return {name: split.x.reshape(len(split), -1).numpy().astype(np.float64) for name, split in task.splits.items()}
     out: dict[str, list[np.ndarray]] = {name: [] for name in task.splits}
@@ -112,7 +119,10 @@ def run_references(task: Task, seeds: list[int], *, trials: int = 4, seconds: fl
         """The deterministic model that does best on validation."""
         start, best = time.perf_counter(), None
         for make in makers:
-            model = make().fit(data["train"], y["train"])
+            try:
+                model = make().fit(data["train"], y["train"])
+            except ValueError as error:  # such as a training split of one class
+                return Reference.failed(name, error)
             score = judge(model, data, "valid")
             if best is None or signed(score) > signed(best[1]):
                 best = (model, score)
@@ -127,7 +137,10 @@ def run_references(task: Task, seeds: list[int], *, trials: int = 4, seconds: fl
         start, valid, test, cut = time.perf_counter(), [], [], False
         for i, seed in enumerate(seeds):
             model = make(seed)
-            cut |= _grow(model, x["train"], y["train"], field, most, chunk, start + seconds * (i + 1) / len(seeds))
+            try:
+                cut |= _grow(model, x["train"], y["train"], field, most, chunk, start + seconds * (i + 1) / len(seeds))
+            except ValueError as error:
+                return Reference.failed(name, error)
             valid.append(judge(model, x, "valid"))
             test.append(judge(model, x, "test"))
         return Reference(name, valid, test, time.perf_counter() - start, "stopped at its time limit" if cut else "")
@@ -138,8 +151,8 @@ def run_references(task: Task, seeds: list[int], *, trials: int = 4, seconds: fl
     if classes:
         return [
             chosen(names[0], [lambda: DummyClassifier(strategy="prior")], x),
-            chosen(names[1], [lambda c=c: LogisticRegression(C=c, max_iter=300) for c in strengths], standard),
-            chosen(names[2], [lambda k=k: KNeighborsClassifier(k) for k in neighbours], standard),
+            chosen(names[1], [partial(LogisticRegression, C=c, max_iter=300) for c in strengths], standard),
+            chosen(names[2], [partial(KNeighborsClassifier, k) for k in neighbours], standard),
             grown(
                 names[3],
                 lambda s: RandomForestClassifier(warm_start=True, random_state=s, n_jobs=2),
@@ -160,10 +173,14 @@ def run_references(task: Task, seeds: list[int], *, trials: int = 4, seconds: fl
     )
     return [
         chosen(names[0], [DummyRegressor], x),
-        chosen(names[1], [lambda a=a: Ridge(a) for a in strengths], standard),
-        chosen(names[2], [lambda k=k: KNeighborsRegressor(k) for k in neighbours], standard),
+        chosen(names[1], [partial(Ridge, a) for a in strengths], standard),
+        chosen(names[2], [partial(KNeighborsRegressor, k) for k in neighbours], standard),
         grown(
-            names[3], lambda s: RandomForestRegressor(warm_start=True, random_state=s, n_jobs=2), "n_estimators", TREES, 50
+            names[3],
+            lambda s: RandomForestRegressor(warm_start=True, random_state=s, n_jobs=2),
+            "n_estimators",
+            TREES,
+            50,
         ),
         grown(names[4], boosted, "max_iter", 100, 10)
         if single

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pomona.data.task import Task
+from pomona.recipe.execute import Restored, restore
 from pomona.study.protocol import Protocol
 from pomona.study.references import Reference
 from pomona.study.sentences import conclude
 from pomona.study.stats import Difference, bootstrap_interval, paired_difference, relative_improvement
-from pomona.data.task import Task
-from pomona.recipe.execute import Restored, restore
 from pomona.zoo import Record, Zoo
 
 COSTS = ("parameters", "flops", "seconds", "memory", "latency_1", "latency_256")
@@ -103,7 +103,7 @@ class Study:
             if base is not None and base.values and row.values and row is not base:
                 row.difference = paired_difference(row.values, base.values, higher)
         sign = -1 if higher else 1
-        return sorted(rows, key=lambda row: (not row.values, sign * row.mean if row.values else 0, row.name))
+        return sorted(rows, key=lambda row: (sign * row.mean if math.isfinite(row.mean) else math.inf, row.name))
 
     def _network_row(self, label: str, records: list[Record]) -> Row:
         good = [record for record in records if record.status == "ok"]
@@ -131,6 +131,9 @@ class Study:
 
     def _reference_row(self, reference: Reference) -> Row:
         row = Row(reference.name, "reference", note=reference.note, cost={"seconds": reference.seconds})
+        if not reference.test:
+            row.status = "error"
+            return row
         row.values = [metrics[self.metric] for metrics in reference.test]
         row.valid = float(np.mean([metrics[self.metric] for metrics in reference.valid]))
         for name in reference.test[0]:
@@ -144,10 +147,10 @@ class Study:
     def table(self) -> pd.DataFrame:
         """One row a candidate and classical model, best first.
 
-        Columns: ``kind``, the metric and its interval (``low``, ``high``), the paired ``difference`` to the reference with
-        ``difference_low``, ``difference_high`` and the ``probability`` of improvement, ``relative`` (per cent over the average
-        network), ``parameters``, ``flops``, ``seconds`` of a training, ``memory`` (bytes), ``latency_1`` and ``latency_256`` (seconds), the
-        other metrics, ``status`` and ``note``.
+        Columns: ``kind``, the metric and its interval (``low``, ``high``), the paired ``difference`` to the reference
+        with ``difference_low``, ``difference_high`` and the ``probability`` of improvement, ``relative`` (per cent over
+        the average network), ``parameters``, ``flops``, ``seconds`` of a training, ``memory`` (bytes), ``latency_1``
+        and ``latency_256`` (seconds), the other metrics, ``status`` and ``note``.
         """
         lines = []
         for row in self.rows:
@@ -174,7 +177,8 @@ class Study:
 
     @property
     def curves(self) -> pd.DataFrame:
-        """Learning curves of the final trainings: name, seed, step, examples, seconds, train_loss, valid_loss, the metric."""
+        """Learning curves of the final trainings: name, seed, step, examples, seconds, train_loss, valid_loss, the
+        metric."""
         frames = [
             pd.DataFrame(record.curve).assign(name=label, seed=record.seed)
             for label, records in self.records.items()
@@ -187,7 +191,7 @@ class Study:
     def best_record(self) -> Record | None:
         """The network with the best validation of the candidate with the best mean validation: test has no say."""
         sign = 1 if self.task.higher_is_better else -1
-        rows = [row for row in self.rows if row.kind == "network" and row.status == "ok"]
+        rows = [row for row in self.rows if row.kind == "network" and row.status == "ok" and math.isfinite(row.valid)]
         if not rows:
             return None
         name = max(rows, key=lambda row: sign * row.valid).name
@@ -230,12 +234,12 @@ class Study:
             },
             "best": {"id": best.id, "candidate": best.candidate} if best else None,
             "networks": {label: [record.id for record in records] for label, records in self.records.items()},
-            "environment": self.records and next(iter(self.records.values()))[0].versions,
+            "environment": next((records[0].versions for records in self.records.values() if records), {}),
             "seconds": self.seconds,
         }
-        cleaned = _plain(data)
+        cleaned = plain(data)
         if path is not None:
-            Path(path).write_text(json.dumps(cleaned, indent=1), encoding="utf-8")
+            Path(path).write_text(json.dumps(cleaned, indent=1, allow_nan=False), encoding="utf-8")
         return cleaned
 
     def report(self, path: str | Path) -> Path:
@@ -248,15 +252,17 @@ class Study:
         return importlib.import_module("pomona.report").write(self, path)
 
     def __repr__(self) -> str:
-        return "\n".join([f"Study {self.id} on {self.task.name}", self.table().iloc[:, :6].to_string(), *self.sentences])
+        return "\n".join(
+            [f"Study {self.id} on {self.task.name}", self.table().iloc[:, :6].to_string(), *self.sentences]
+        )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no nan: it becomes null; keys become text, numpy numbers plain ones."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

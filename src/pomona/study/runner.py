@@ -1,4 +1,5 @@
-"""Running a study unit by unit: every finished training is in the zoo before the next begins, so that a killed run resumes."""
+"""Running a study unit by unit: every finished training is in the zoo before the next begins, so that a killed run
+resumes."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from pomona.study.protocol import TUNING_SEED, Protocol
-from pomona.study.tuning import tune
 from pomona.data.task import Task
 from pomona.errors import PomonaError
 from pomona.recipe.execute import Trained, measure_cost, metrics_of, task_json, train_recipe, versions
 from pomona.recipe.recipe import Recipe
+from pomona.study.protocol import TUNING_SEED, Protocol
+from pomona.study.tuning import tune
 from pomona.zoo import Record, Zoo
 
 
@@ -74,12 +75,11 @@ class Runner:
         chosen: dict[str, Recipe] = {}
         tuning_seed = self.protocol.seeds[0] + TUNING_SEED
         for label, recipe in self.recipes.items():
-            values = tune(
-                recipe,
-                self.protocol.tuning_trials,
-                tuning_seed,
-                lambda index, tried, label=label: self.unit(label, tried, "tune", index, tuning_seed),
-            )
+
+            def run(index: int, tried: Recipe, label: str = label) -> float:
+                return self.unit(label, tried, "tune", index, tuning_seed)
+
+            values = tune(recipe, self.protocol.tuning_trials, tuning_seed, run)
             chosen[label] = recipe.with_values(values)
         # seeds outermost: a study that is stopped early has something of every candidate
         for index, seed in enumerate(self.protocol.seeds):
@@ -87,13 +87,15 @@ class Runner:
                 self.unit(label, recipe, "seed", index, seed)
 
     def unit(self, label: str, recipe: Recipe, phase: str, index: int, seed: int) -> float:
-        """One training, from the zoo if it is there; returns its validation score, larger is better, -inf for a failure."""
+        """One training, from the zoo if it is there; returns its validation score, larger is better, -inf for a
+        failure."""
         record = self.done.get((label, phase, index))
         if record is None:
             if self.report is not None:
                 self.report(Progress(self.finished, self.total, label, phase, self.best))
             record, net = self.train(label, recipe, phase, index, seed)
-            self.zoo.add(record, net.state_dict() if net is not None else None)
+            stored = self.zoo.add(record, net.state_dict() if net is not None else None)
+            record = self.zoo.get(stored)  # another process on the same study may have been first: what is kept counts
             self.done[label, phase, index] = record
         self.finished += 1
         score = self.score(record)
@@ -124,8 +126,7 @@ class Runner:
         try:
             trained = train_recipe(recipe, self.task, self.protocol.budget, seed=seed, device=self.device)
             return self.judge(record, trained, recipe)
-        except (PomonaError, RuntimeError, ValueError, ArithmeticError, TypeError, NotImplementedError) as error:
-            # a candidate may be broken in any of these ways without harm to the others
+        except Exception as error:  # a candidate may be broken in any way without harm to the others
             record.status, record.error = "error", f"{type(error).__name__}: {error}".splitlines()[0]
             if isinstance(error, PomonaError):
                 record.error = str(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pomona.study.stats import paired_difference
+from pomona.study.stats import Difference, paired_difference
 
 if TYPE_CHECKING:
     from pomona.study.result import Row
@@ -44,7 +44,8 @@ def conclude(rows: Sequence[Row], metric: str, higher_is_better: bool, reference
     seeds = len(best.values)
     out = []
 
-    equal, worse = [], []
+    equal: list[tuple[Row, Difference]] = []
+    worse: list[tuple[Row, Difference]] = []
     for row in networks[1:]:
         difference = paired_difference(best.values, row.values, higher_is_better)
         (worse if difference.sure and difference.mean > 0 else equal).append((row, difference))
@@ -52,7 +53,11 @@ def conclude(rows: Sequence[Row], metric: str, higher_is_better: bool, reference
     if worse:
         least = min(difference.mean for _, difference in worse)
         most = max(difference.mean for _, difference in worse)
-        by = gap(least, metric) if gap(least, metric) == gap(most, metric) else f"{gap(least, metric)} to {gap(most, metric)}"
+        by = (
+            gap(least, metric)
+            if gap(least, metric) == gap(most, metric)
+            else f"{gap(least, metric)} to {gap(most, metric)}"
+        )
         names = listed([row.name for row, _ in worse])
         out.append(f"{head}, better than {names} by {by} (95% sure over {seeds} seeds).")
     elif len(networks) > 1:
@@ -81,7 +86,9 @@ def conclude(rows: Sequence[Row], metric: str, higher_is_better: bool, reference
         if difference.mean > 0 and difference.sure:
             verdict = f"A classical model beats every network: {figures}, by {gap(difference.mean, metric)}."
         elif difference.mean < 0 and difference.sure:
-            verdict = f"The best classical model ({figures}) is behind the best network by {gap(difference.mean, metric)}."
+            verdict = (
+                f"The best classical model ({figures}) is behind the best network by {gap(difference.mean, metric)}."
+            )
         else:
             verdict = f"The best classical model ({figures}) and the best network cannot be told apart."
         out.append(verdict)

@@ -14,9 +14,11 @@ RESAMPLES = 10_000
 def bootstrap_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean, widened for small samples.
 
-    With n values the plain percentile interval is too narrow by sqrt((n-1)/n) and by the normal's quantile standing where
-    Student's should. The levels are therefore moved to Phi(+-sqrt(n/(n-1)) t_{n-1}) (the expanded percentile
-    interval); with three seeds this is the whole range of the resampled means, that is, of the seeds.
+    With n values the plain percentile interval is too narrow by sqrt((n-1)/n) and by the normal's quantile standing
+    where Student's should. The levels are therefore moved to Phi(+-sqrt(n/(n-1)) t_{n-1}) (the expanded percentile
+    interval). No resample leaves the range of the values, which covers the mean with probability 1 - 2^(1-n): at 95%
+    and fewer than five values that is too little (75% of three), so these get Student's interval, mean +- t s /
+    sqrt(n).
 
     Source: What Teachers Should Know about the Bootstrap, arXiv 1411.5279.
 
@@ -29,11 +31,13 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, level: float = 0.95
     if data.size == 1:
         return float(data[0]), float(data[0])
     n = data.size
+    if n < 5:
+        half = stats.t.ppf((1 + level) / 2, n - 1) * data.std(ddof=1) / np.sqrt(n)
+        return float(data.mean() - half), float(data.mean() + half)
     index = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
     tail = stats.norm.cdf(stats.t.ppf((1 - level) / 2, n - 1) * np.sqrt(n / (n - 1)))
     means = data[index].mean(axis=1)
-    # with so few seeds the widened level lies beyond the resolution of the resamples: take their range
-    low, high = (data.min(), data.max()) if tail < 1 / RESAMPLES else np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -54,9 +58,7 @@ class Difference:
     sure: bool
 
 
-def paired_difference(
-    values: Sequence[float], reference: Sequence[float], higher_is_better: bool
-) -> Difference:
+def paired_difference(values: Sequence[float], reference: Sequence[float], higher_is_better: bool) -> Difference:
     """The paired difference over the seeds that both have."""
     n = min(len(values), len(reference))
     sign = 1.0 if higher_is_better else -1.0
@@ -67,9 +69,9 @@ def paired_difference(
     if n == 1:
         return Difference(mean, (mean, mean), float("nan"), False)
     error = gaps.std(ddof=1) / np.sqrt(n)
-    if error == 0:
-        probability = 0.5 if mean == 0 else float(mean > 0)
-        return Difference(mean, (mean, mean), probability, mean != 0)
+    if error <= 1e-12 * abs(mean):  # equal gaps, as shares of few rows often are: their signs are all that is known
+        tail = 0.5 ** (n if mean else 1)
+        return Difference(mean, (mean, mean), 1 - tail if mean > 0 else tail, bool(mean) and 2 * tail < 0.05)
     probability = float(stats.t.cdf(mean / error, n - 1))
     half = stats.t.ppf(0.975, n - 1) * error
     return Difference(mean, bootstrap_interval(gaps), probability, bool(abs(mean) > half))

@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from pomona.study.protocol import Protocol, choose_budget, seed_list
-from pomona.study.references import run_references
-from pomona.study.runner import Progress, Runner
-from pomona.study.result import Study
 from pomona.data import Task, load
 from pomona.errors import PomonaError, unknown
 from pomona.nets.cost import parameters
 from pomona.recipe.recipe import Recipe
+from pomona.study.protocol import Protocol, choose_budget, seed_list
+from pomona.study.references import run_references
+from pomona.study.result import Study
+from pomona.study.runner import Progress, Runner
 from pomona.train.loop import choose_device
 from pomona.zoo import Zoo
 
+DEFAULT_CANDIDATES = ("mlp", "mlp act=gelu norm=layer", "mlp linear=quadratic act=identity", "kan")
 Candidates = Sequence[str | Mapping[str, Any] | Recipe] | Mapping[str, str | Mapping[str, Any] | Recipe]
 
 
@@ -24,7 +25,7 @@ def compare(
     source: Any,
     target: Any = None,
     *,
-    candidates: Candidates = ("mlp", "mlp norm=layer act=gelu"),
+    candidates: Candidates = DEFAULT_CANDIDATES,
     seeds: int | list[int] | range = 3,
     trials: int = 4,
     budget: str | float | None = None,
@@ -49,7 +50,8 @@ def compare(
         target: the column to predict.
         candidates: texts, mappings, recipes or YAML paths; a mapping of label -> candidate names them.
         seeds: how many final trainings each, or which seeds.
-        trials: tuning trainings each, over learning rate, weight decay and what the layers declare; chosen on validation.
+        trials: tuning trainings each, over learning rate, weight decay and what the layers declare; chosen on
+            validation.
         budget: wall-clock of the whole study (``"2m"``), shared equally by the candidates.
         epochs: or: budget of each training, in epochs (20 by default),
         examples: in examples seen,
@@ -171,7 +173,11 @@ class _progress:
         from rich.progress import Progress as Bar
 
         self.bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
         self.bar.start()
         self.line = self.bar.add_task("starting", total=None)
