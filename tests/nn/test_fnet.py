@@ -1,9 +1,18 @@
 import pytest
 import torch
+
 from pomona.errors import PomonaError
-from pomona.nn.fnet import ENCODER_MIXERS, DCTMixer, FNet, FNetBlock, FourierMixer,
-HartleyMixer, dct_matrix, dft_matrices from pomona.nn.mixing
-import AttentionMixer, NoMix
+from pomona.nn.fnet import (
+    ENCODER_MIXERS,
+    DCTMixer,
+    FNet,
+    FNetBlock,
+    FourierMixer,
+    HartleyMixer,
+    dct_matrix,
+    dft_matrices,
+)
+from pomona.nn.mixing import AttentionMixer, NoMix
 
 
 def tokens(n: int = 6, d: int = 8) -> torch.Tensor:
@@ -25,8 +34,8 @@ def test_fourier_equals_the_real_part_of_fft2_and_the_dft_matrices(n, d, method)
     sized = FourierMixer(d, n, method="matmul").double()
     torch.testing.assert_close(sized(x), expected.real, atol=1e-5, rtol=1e-5)  # its matrices were made in float32
     (cn, sn), (cd, sd) = dft_matrices(n, x), dft_matrices(d, x)
-    torch.testing.assert_close((torch.complex(cn, sn) @ x.to(torch.complex128) @ torch.complex(cd, sd)).real,
-    expected.real)
+    product = torch.complex(cn, sn) @ x.to(torch.complex128) @ torch.complex(cd, sd)
+    torch.testing.assert_close(product.real, expected.real)
 
 
 def test_mixing_twice_gives_x_plus_x_reversed():

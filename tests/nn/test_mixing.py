@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from pomona.errors import PomonaError
 from pomona.nn.fnet import DCTMixer, FourierMixer, HartleyMixer, MatrixMixer
 from pomona.nn.mixing import (
@@ -15,7 +17,6 @@ from pomona.nn.mixing import (
     NoMix,
     PoolMixer,
 )
-from torch import nn
 
 N, D = 6, 8
 MIXERS = {
@@ -133,10 +134,11 @@ def test_drop_path_leaves_out_whole_examples():
 
 
 def test_mixer_net_averages_the_real_tokens_only():
-    net = MixerNet(nn.Identity(), D, PoolMixer, depth=2, head=nn.Linear(D, 3), make_norm=Affine,
-    layer_scale=0.1).double()
-    x = tokens() mask = torch.arange(N).expand(3, N) <
-    4 torch.testing.assert_close(net(x, mask), net(torch.where(mask[..., None], x, 7.0), mask))
+    head = nn.Linear(D, 3)
+    net = MixerNet(nn.Identity(), D, PoolMixer, depth=2, head=head, make_norm=Affine, layer_scale=0.1).double()
+    x = tokens()
+    mask = torch.arange(N).expand(3, N) < 4
+    torch.testing.assert_close(net(x, mask), net(torch.where(mask[..., None], x, 7.0), mask))
     assert net(x).shape == (3, 3)
 
 

@@ -123,7 +123,7 @@ def compare_arms(
         for seed in seeds:
             here = make_task(seed)
             done = _train(arm, best, here, seed, budget, keep)
-            results.append(score(done, here) if score else evaluate(done.net, here, "test"))
+            results.append(score(done, here) if score else evaluate(done.predict, here, "test"))
             if not keep_fits:
                 done.net = nn.Identity()
             fits.append(done)

@@ -357,7 +357,7 @@ class HopfieldLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         y = self.hopfield(x.reshape(-1, x.shape[-1]), self.stored, self.content)
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class HopfieldMemory(HopfieldLayer):

@@ -22,11 +22,11 @@ def separation(patterns: Tensor) -> Tensor:
 
 
 def retrieval_bound(patterns: Tensor, distance: Tensor, beta: float) -> Tensor:
-    """Bound on |f(xi) - x_i| after one update from |xi - x_i| = distance: 2 M (N - 1) exp(-beta (Delta_i - 2 M distance)).
+    """|f(xi) - x_i| <= 2 M (N - 1) exp(-beta (Delta_i - 2 M |xi - x_i|)) after one update, M = max |x_i|.
 
     Args:
         patterns: (N, d).
-        distance: (N).
+        distance: |xi - x_i|, (N).
         beta: inverse temperature.
     """
     largest = patterns.norm(dim=-1).max()
@@ -81,7 +81,7 @@ def storage_test(
 
 
 class ClassicalHopfield(nn.Module):
-    """Binary Hopfield network, s <- sign(W s) with W = (1 / d) sum_i x_i x_i^T and no self-coupling; holds about 0.14 d patterns.
+    """s <- sign(W s) with W = (1 / d) sum_i x_i x_i^T and no self-coupling; holds about 0.14 d binary patterns.
 
     Args:
         patterns: (N, d) of -1 and 1.

@@ -1,5 +1,6 @@
 """What a network costs: parameters, floating-point operations, memory, latency; and width chosen to a number of
-parameters."""
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ class _LiveBytes(TorchDispatchMode):
 
 def training_memory(net: nn.Module, example: Tensor, loss: Callable[[Tensor], Tensor] | None = None) -> int:
     """Peak bytes that one training step's forward and backward pass of ``example`` allocate, gradients included,
-    parameters not."""
+    parameters not.
+    """
     objective = loss or (lambda output: output.square().mean())
     state = {name: value.clone() for name, value in net.state_dict().items()}
     counter = _LiveBytes()
@@ -71,7 +73,9 @@ def training_memory(net: nn.Module, example: Tensor, loss: Callable[[Tensor], Te
     net.train()
     # dropout draws from the global generator, which is not ours to move
     with torch.random.fork_rng(), counter:
-        objective(net(example)).backward()
+        value = objective(net(example))
+        if value.requires_grad:  # a learning rule may have no path for gradients
+            value.backward()
     net.zero_grad(set_to_none=True)
     net.load_state_dict(state)  # batch norm has moved its statistics
     net.train(training)

@@ -245,38 +245,40 @@ class ColumnTokens(nn.Module):
 
 
 class Patches(nn.Module):
-    """Images or series cut into patches, each mapped to ``dim`` features.
+    """Images or series cut into patches, each mapped to ``dim`` features, plus a learned vector for each place.
+
+    Without ``patch`` the size is chosen so that images give at most 8 patches a side and series at most 32, and the
+    input is padded with zeros to a multiple of it.
 
     Shapes:
         (B, C, H, W) or (B, C, L) -> (B, patches, dim)
+
+    Raises:
+        PomonaError: if ``patch`` is given and does not divide the input.
     """
 
     def __init__(self, inputs: Inputs, dim: int, patch: int | None) -> None:
         super().__init__()
         channels, *sizes = inputs.shape
-        patch = patch or default_patch(min(sizes))
-        if patch < 1 or any(size % patch for size in sizes):
+        if patch is not None and any(size % patch for size in sizes):
+            choices = [p for p in range(1, min(sizes) + 1) if all(size % p == 0 for size in sizes)]
             raise PomonaError(
                 f"patch={patch} does not divide the input's {' x '.join(map(str, sizes))}; "
-                f"use one of {', '.join(str(p) for p in common_divisors(sizes))}"
+                f"use one of {', '.join(map(str, choices))}"
             )
+        most = 8 if len(sizes) == 2 else 32
+        patch = patch or max(2, math.ceil(max(sizes) / most))
+        # last dimension first, as torch's pad wants it
+        self.padding = [amount for size in reversed(sizes) for amount in (0, -size % patch)]
         conv = nn.Conv2d if len(sizes) == 2 else nn.Conv1d
         self.project = conv(channels, dim, patch, stride=patch)
-        self.tokens = math.prod(size // patch for size in sizes)
+        self.tokens = math.prod(math.ceil(size / patch) for size in sizes)
+        self.positions = nn.Parameter(0.02 * torch.randn(self.tokens, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self.project(x).flatten(2).transpose(1, 2)
-
-
-def common_divisors(sizes: list[int]) -> list[int]:
-    """Numbers that divide every size."""
-    return [p for p in range(1, min(sizes) + 1) if all(size % p == 0 for size in sizes)]
-
-
-def default_patch(size: int) -> int:
-    """The divisor of ``size`` that is nearest to a patch count of eight a side."""
-    return min(common_divisors([size]), key=lambda p: (abs(size / p - 8), p))
+        padded = nn.functional.pad(x, self.padding) if any(self.padding) else x
+        return self.project(padded).flatten(2).transpose(1, 2) + self.positions
 
 
 class Steps(nn.Module):

@@ -51,7 +51,8 @@ class Fill:
         self, make: Callable[[int], nn.Module], width: int, *, dims: int = 0, dropout: float = 0.0
     ) -> nn.Sequential:
         """``make(width)`` followed by norm, activation and dropout, leaving out what is empty; ``width`` features
-        come out."""
+        come out.
+        """
         act, before = self.widened_act(width, -1 if dims == 0 else 1)
         layers = [make(before)]
         if not self.empty("norm"):

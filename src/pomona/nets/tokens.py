@@ -64,7 +64,7 @@ class Mixer(_TokenNet):
         width: features of a token.
         depth: blocks.
         expand: hidden features of the feed-forward part, in widths.
-        patch: side of a patch; by default the divisor that gives about eight a side.
+        patch: side of a patch; by default images give at most 8 patches a side and series at most 32.
         dropout: probability on each branch.
     """
 

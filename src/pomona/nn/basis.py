@@ -94,9 +94,7 @@ class Basis(nn.Module):
 
 
 def resample_edges(edges: Tensor, size: int) -> Tensor:
-    """Piecewise linear resampling of grid edges (features, old size + 1) -> (features, size + 1); nested for
-    multiples.
-    """
+    """Grid edges at even steps of their own index: (features, old size + 1) -> (features, size + 1)."""
     return F.interpolate(edges[None].double(), size + 1, mode="linear", align_corners=True)[0].to(edges)
 
 
@@ -106,10 +104,9 @@ class BSpline(Basis):
     B_{m,0}(x) = [t_m <= x < t_{m+1}],
     B_{m,d}(x) = (x - t_m) / (t_{m+d} - t_m) B_{m,d-1}(x) + (t_{m+d+1} - x) / (t_{m+d+1} - t_{m+1}) B_{m+1,d-1}(x).
 
-    Only the k + 1 functions that are not zero at x are computed, then put in their places, so that no tensor has
-    more than
-    batch * features * (size + k) entries. They are non-negative, sum to 1 on the grid and fade to 0 over the k
-    intervals beside it.
+    Only the k + 1 functions that are not zero at x are computed, then put in their places, so that no tensor
+    has more than batch * features * (size + k) entries. They are non-negative, sum to 1 on the grid and fade to
+    0 over the k intervals beside it.
 
     Source: A Practical Guide to Splines (de Boor, 1978); as used in KAN: Kolmogorov-Arnold Networks, arXiv 2404.19756.
     """
@@ -138,9 +135,7 @@ class BSpline(Basis):
         return {"grid_eps": self.grid_eps, "k": self.k}
 
     def place_(self) -> None:
-        """Extend the edges evenly by 2k intervals a side: k for the bases, k more only to evaluate the outermost
-        pieces.
-        """
+        """Extend the edges evenly by 2k intervals a side; the outer k serve only to evaluate the outermost pieces."""
         edges = self.edges.double()
         step = (edges[:, -1:] - edges[:, :1]) / self.size
         out = step * torch.arange(1, 2 * self.k + 1, device=edges.device)
@@ -245,7 +240,7 @@ class Ranged(Basis):
     """Functions of u, where u = -1 and 1 at the ends of the grid; only the grid's ends matter."""
 
     def unit(self, x: Tensor) -> Tensor:
-        """X with the grid's range mapped to [-1, 1]."""
+        """Map x so that the grid becomes [-1, 1]."""
         low, high = self.edges[:, 0].to(x), self.edges[:, -1].to(x)
         return (2 * x - low - high) / (high - low)
 

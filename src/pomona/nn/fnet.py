@@ -63,8 +63,8 @@ class FourierMixer(nn.Module):
             )
         self.method, self.scale = method, scale
         if method == "matmul":
-            for n in {dim, tokens} - {None}:
-                for part, matrix in zip(("real", "imag"), dft_matrices(int(n), torch.empty(0)), strict=True):
+            for n in {n for n in (dim, tokens) if n is not None}:
+                for part, matrix in zip(("real", "imag"), dft_matrices(n, torch.empty(0)), strict=True):
                     self.register_buffer(f"{part}_{n}", matrix, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -78,7 +78,7 @@ class FourierMixer(nn.Module):
 
     def _fft(self, x: Tensor) -> Tensor:
         """From half of the channels: the transform of real x at (n, d) is the conjugate of that at (-n, -d)."""
-        tokens, dim = x.shape[-2:]
+        dim = x.shape[-1]
         if x.numel() == 0:
             return x
         half = torch.fft.rfft2(x, dim=(-2, -1))
@@ -296,7 +296,7 @@ class FNet(nn.Module):
         return x
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """Tanh of a linear map of the first token: (B, N, D) -> (B, D)."""
+        """A linear map of the first token, through tanh: (B, N, D) -> (B, D)."""
         return torch.tanh(self.pool(tokens[..., 0, :]))
 
     def masked_word_logits(self, tokens: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from pomona.errors import PomonaError, unknown
 from pomona.nn.basis import fit_coefficients, make_basis, resample_edges
 
-BASE_FUNCTIONS = {
+BASE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "tanh": torch.tanh,
@@ -24,9 +25,9 @@ BASE_FUNCTIONS = {
 class KANLayer(nn.Module):
     """y_o = sum_i phi_oi(x_i),  phi_oi(x) = s_b[o,i] b(x) + s_s[o,i] sum_m c[o,i,m] B_m(x).
 
-    B are the functions of a `Basis` (B-splines of order ``k`` on ``grid`` intervals by default) and b is a fixed
-    base function.
-    An input beyond the extended grid meets only the base branch; move the grid to the data with `update_grid`.
+    B are the functions of a `Basis` (B-splines of order ``k`` on ``grid`` intervals by default), b is a fixed base
+    function. An input beyond the extended grid meets only the base branch; move the grid to the data with
+    `update_grid`.
 
     Args:
         in_features: size of the last axis of the input.

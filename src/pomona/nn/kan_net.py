@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -76,8 +77,7 @@ class KAN(nn.Module):
         super().__init__()
         if len(widths) < 2:
             raise PomonaError(f"widths={list(widths)} needs at least an input and an output width")
-        pairs = zip(widths, widths[1:], strict=False)
-        self.layers = nn.ModuleList(KANLayer(n, m, **options) for n, m in pairs)
+        self.layers = nn.ModuleList(KANLayer(n, m, **options) for n, m in pairwise(widths))
         self.symbolic = nn.ModuleList(nn.ModuleDict() for _ in self.layers)  # "output,input" -> SymbolicEdge
 
     @property
@@ -129,7 +129,7 @@ class KAN(nn.Module):
         return [self.edges(index, given).abs().mean(0) for index, given in enumerate(received)]
 
     def regularisation(self, x: Tensor, l1: float = 1.0, entropy: float = 1.0) -> Tensor:
-        """Sum over layers of l1 * |layer| + entropy * H(layer).
+        """The sum over layers of l1 * |layer| + entropy * H(layer).
 
         |layer| is the sum of its edges' mean |phi| over the batch, H the entropy of their shares of it.
         """
@@ -219,14 +219,13 @@ class KAN(nn.Module):
 
     @torch.no_grad()
     def prune(self, x: Tensor, threshold: float = 1e-2) -> KAN:
-        """A smaller network without the hidden nodes whose largest incoming or largest outgoing edge norm is below
-        ``threshold``.
+        """A smaller network without the hidden nodes whose largest incoming or outgoing norm is below ``threshold``.
 
         A layer keeps at least its best node. The norms are those of `edge_norms` on ``x``.
         """
         norms = self.edge_norms(x)
         keep = [torch.arange(self.widths[0])]
-        for incoming, outgoing in zip(norms, norms[1:], strict=False):
+        for incoming, outgoing in pairwise(norms):
             score = torch.minimum(incoming.amax(1), outgoing.amax(0))
             kept = (score >= threshold).nonzero().flatten()
             keep.append(kept if len(kept) else score.argmax()[None])
@@ -262,12 +261,11 @@ class KAN(nn.Module):
         return sorted(found, key=lambda s: -s.r2)
 
     def fix_symbolic(self, layer: int, i: int, o: int, name: str, affine: Sequence[float] = (1, 0, 1, 0)) -> None:
-        """Replace the edge from input ``i`` to output ``o`` by c f(a x + b) + d with ``affine`` = (a, b, c, d), in
-        place.
-        """
+        """Replace the edge from ``i`` to ``o`` by c f(a x + b) + d, ``affine`` = (a, b, c, d), in place."""
         self._check_edge(layer, i, o)
-        self.symbolic[layer][f"{o},{i}"] = SymbolicEdge(name, [float(v) for v in affine]).to(self._layers()[layer].mask)  # type: ignore[operator]
-        self._layers()[layer].mask[o, i] = 0
+        mask = self._layers()[layer].mask
+        self.symbolic[layer][f"{o},{i}"] = SymbolicEdge(name, [float(v) for v in affine]).to(mask)  # type: ignore
+        mask[o, i] = 0
 
     def auto_symbolic(self, x: Tensor, least_r2: float = 0.99) -> list[tuple[int, int, int, Suggestion]]:
         """Fix every free edge to its best function where that explains at least ``least_r2`` of its variance.
@@ -285,8 +283,7 @@ class KAN(nn.Module):
         return done
 
     def formula(self, names: Sequence[str] | None = None, digits: int = 4) -> list[Any]:
-        """The outputs as sympy expressions; an edge that is still a spline appears as an unknown function
-        phi_layer_i_o.
+        """The outputs as sympy expressions; an edge that is still a spline is an unknown function phi_layer_i_o.
 
         Raises:
             MissingExtra: if sympy is not installed.

@@ -271,9 +271,7 @@ class Affine(nn.Module):
 
 
 class Branch(nn.Module):
-    """LayerScale and stochastic depth on a residual branch: y = scale * x, or 0 for a whole example with
-    probability ``drop``.
-    """
+    """LayerScale and stochastic depth: y = scale * x, or 0 for a whole example with probability ``drop``."""
 
     def __init__(self, dim: int, scale: float | None = None, drop: float = 0.0) -> None:
         super().__init__()

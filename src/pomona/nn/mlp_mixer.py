@@ -26,8 +26,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 class MixerLayer(MixerBlock):
-    """U = X + W_2 gelu(W_1 LN(X)) over the tokens of each channel;  Y = U + W_4 gelu(W_3 LN(U)) over the channels
-    of each token.
+    """U = X + W_2 gelu(W_1 LN(X)) over tokens, channel by channel; Y = U + W_4 gelu(W_3 LN(U)) over channels.
 
     Args:
         tokens: N.
@@ -157,12 +156,11 @@ def resize_tokens(
 ) -> MLPTokenMixer:
     """The token MLP for images of another resolution, from a trained one.
 
-    * bicubic: W_1's rows and W_2's columns are images over the token grid; they are interpolated, W_1 scaled by N /
-      N' so that sums keep their size. The hidden width stays.
+    * bicubic: W_1's rows and W_2's columns are images over the token grid; they are interpolated, W_1 scaled by
+      N / N' so that sums keep their size. The hidden width stays.
     * block: for K times finer grids. W_1 and W_2 are repeated K^2 times along the diagonal, one copy for each of
-      the K^2 coarse
-      grids that interleave in the fine one (the paper leaves the order of the tokens open; with this order, an
-      image enlarged by repetition gives the enlarged output).
+      the K^2 coarse grids that interleave in the fine one. (The paper leaves the order of the tokens open; in this
+      one, an image enlarged by repetition gives the enlarged output.)
 
     Args:
         mixer: token MLP for ``grid``.

@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pomona import options
 from pomona.data.pipeline import Pipeline
@@ -21,6 +21,7 @@ from pomona.nets.specs import Inputs, Outputs, inputs_from_json, outputs_from_js
 from pomona.recipe.recipe import Recipe
 from pomona.train.budget import Budget
 from pomona.train.loop import Fit, evaluate, fit
+from pomona.train.rule import Backprop, Predictor
 from pomona.train.settings import Training
 from pomona.zoo import Record, Zoo
 
@@ -72,6 +73,8 @@ def train_recipe(
         result = fit(
             net, task, settings, budget=budget, seed=seed, on_validation=on_validation, flops_per_example=flops
         )
+    if type(result.rule) is not Backprop:  # what was scored is the rule's prediction, not the head's
+        result.net = Predictor(result.net, result.rule, result.state).eval()
     result.net = _ordinary(result.net)
     cost = {
         "parameters": float(costs.parameters(result.net)),
@@ -101,7 +104,8 @@ def _edited(recipe: Recipe, task: Task, settings: Training, budget: Budget, flop
 
 def measure_cost(net: nn.Module, task: Task, batch_size: int) -> dict[str, float]:
     """``memory`` (bytes, one training step) and ``latency_1`` and ``latency_256`` (seconds) of a network on this
-    machine."""
+    machine.
+    """
     x = task.splits["train"].x
     rows = x[torch.arange(256) % len(x)]
     return {
@@ -186,6 +190,23 @@ class Restored:
         return self.pipeline.decode(predict(self.network, self.pipeline.transform(rows)))
 
 
+def example_rows(inputs: Inputs, count: int = 8) -> Tensor:
+    """Rows that a network of these inputs takes: standard normal values, random codes in the columns that hold
+    codes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if inputs.kind == "tokens":
+        return torch.randint(inputs.vocabulary, (count, *inputs.shape), generator=generator)
+    x = torch.randn(count, *inputs.shape, generator=generator)
+    start = 0
+    for column in inputs.columns:
+        if column.kind in {"category", "text"}:
+            codes = torch.randint(column.cardinality, (count, column.width), generator=generator)
+            x[:, start : start + column.width] = codes.to(x.dtype)
+        start += column.width
+    return x
+
+
 def restore(zoo: Zoo, id: str) -> Restored:
     """The network of a record, rebuilt from its recipe and weights.
 
@@ -201,7 +222,12 @@ def restore(zoo: Zoo, id: str) -> Restored:
     recipe = Recipe.parse(record.recipe)
 
     specs = Specs(inputs_from_json(record.task["inputs"]), outputs_from_json(record.task["outputs"]))
-    net = _ordinary(recipe.build(specs))
+    net = recipe.build(specs)
+    rule = options.make("rule", recipe.train_settings().rule)
+    if type(rule) is not Backprop:
+        example = example_rows(specs.inputs, 2), torch.zeros(2, dtype=torch.long)
+        net = Predictor(net, rule, rule.init(net, nn.functional.cross_entropy, example))
+    net = _ordinary(net)
     widest = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
     try:
         net.to(widest).load_state_dict(state)

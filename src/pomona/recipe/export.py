@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pomona.data.tables import read_table
 from pomona.errors import PomonaError, require
-from pomona.nets.specs import Inputs, inputs_from_json
-from pomona.recipe.execute import Restored
+from pomona.nets.specs import inputs_from_json
+from pomona.recipe.execute import Restored, example_rows
 
 TOLERANCE = 1e-4
 
@@ -40,22 +40,6 @@ def raw_rows(data: str | Path) -> Any:
                 )
             return arrays["X"]
     return read_table(path)[0]
-
-
-def example_rows(inputs: Inputs, count: int = 8) -> Tensor:
-    """Rows that a network of these inputs takes: standard normal values, random codes in the columns that hold
-    codes."""
-    generator = torch.Generator().manual_seed(0)
-    if inputs.kind == "tokens":
-        return torch.randint(inputs.vocabulary, (count, *inputs.shape), generator=generator)
-    x = torch.randn(count, *inputs.shape, generator=generator)
-    start = 0
-    for column in inputs.columns:
-        if column.kind in {"category", "text"}:
-            codes = torch.randint(column.cardinality, (count, column.width), generator=generator)
-            x[:, start : start + column.width] = codes.to(x.dtype)
-        start += column.width
-    return x
 
 
 def _rows(network: Restored) -> Tensor:

@@ -136,7 +136,8 @@ class Recipe(BaseModel):
 
     def with_values(self, values: Mapping[str, Any]) -> Recipe:
         """A copy with tuned values: ``lr`` (training), ``width`` (settings) or ``linear.grid`` (an option of a
-        slot)."""
+        slot).
+        """
         data = self.model_dump()
         for key, value in values.items():
             slot, dot, option = key.partition(".")

@@ -100,6 +100,28 @@ class _WithAuxiliary(nn.Module):
         return output, sum((module.aux_loss() for module in self._hooked[0]), 0.0)  # type: ignore[operator]
 
 
+class Predictor(nn.Module):
+    """A network whose learning rule has its own way to predict, as a plain module: x -> rule.predict(..., x).
+
+    Args:
+        net: the trained network.
+        rule: the rule, bound to it.
+        state: the rule's own tensors, kept as buffers.
+    """
+
+    def __init__(self, net: nn.Module, rule: Rule, state: Tensors) -> None:
+        super().__init__()
+        self.net, self.rule = net, rule
+        self.names = list(state)
+        for name, value in state.items():
+            self.register_buffer(f"rule_{name}", value.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (B, ...) for inputs (B, ...)."""
+        state = {name: self.get_buffer(f"rule_{name}") for name in self.names}
+        return self.rule.predict(*split_tensors(self.net), state, x)
+
+
 def with_hook(net: nn.Module, name: str) -> list[nn.Module]:
     """The modules of ``net`` that define the method ``name``."""
     return [module for module in net.modules() if callable(getattr(module, name, None))]
