@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from pomona import __version__
-from pomona.cli import catalogue, claims, networks, studies
+from pomona.cli import catalogue, claims, fit, networks, studies
 
 app = typer.Typer(
     help="Try published ideas about neural networks on your own data, under one fair protocol.",
@@ -39,6 +39,7 @@ def _root(
 
 
 studies.register(app)
+fit.register(app)
 networks.register(app)
 catalogue.register(app)
 claims.register(app)

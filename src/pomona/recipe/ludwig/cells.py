@@ -18,16 +18,20 @@ def is_missing(cell: Any) -> bool:
 
 
 def words(column: pd.Series) -> list[list[str]]:
-    """Each cell's words: of a list its items, of a string what blanks (and commas) divide; none where it is missing."""
-    return [
-        [] if is_missing(cell) else cell.replace(",", " ").split() if isinstance(cell, str) else [str(v) for v in _items(cell)]
-        for cell in column
-    ]
+    """Each cell's words: items of a list, what blanks or commas divide in a string; none where it is missing."""
+    return [[str(item) for item in _items(cell)] for cell in column]
 
 
 def _items(cell: Any) -> Any:
-    return cell.tolist() if isinstance(cell, (np.ndarray, Tensor)) else sorted(cell) if isinstance(cell, (set, frozenset)) else (
-        cell if isinstance(cell, (list, tuple)) else [cell])
+    if is_missing(cell):
+        return []
+    if isinstance(cell, str):
+        return cell.replace(",", " ").split()
+    if isinstance(cell, (np.ndarray, Tensor)):
+        return cell.tolist()
+    if isinstance(cell, (set, frozenset)):
+        return sorted(cell)
+    return cell if isinstance(cell, (list, tuple)) else [cell]
 
 
 def _parse(column: pd.Series, row: int, cell: Any) -> np.ndarray:
@@ -38,7 +42,9 @@ def _parse(column: pd.Series, row: int, cell: Any) -> np.ndarray:
             return np.array(lines[0] if len(lines) == 1 else lines, np.float32)
         return np.asarray(cell.detach().cpu() if isinstance(cell, Tensor) else cell, np.float32)
     except (ValueError, TypeError) as error:
-        raise PomonaError(f"column {column.name!r}, row {row + 1}: {str(cell)[:40]!r} is not a list of numbers") from error
+        raise PomonaError(
+            f"column {column.name!r}, row {row + 1}: {str(cell)[:40]!r} is not a list of numbers"
+        ) from error
 
 
 def arrays(column: pd.Series, shapes: Collection[tuple[int, ...]] | None = None) -> np.ndarray:

@@ -90,7 +90,7 @@ class SequenceConcat(nn.Module):
         check_reduction("combiner.reduce", reduce)
         lengths = {name: e.tokens for name, e in inputs.items() if e.tokens}
         if not lengths:
-            raise PomonaError("combiner sequence_concat needs an input that is a sequence; give an encoder reduce: none")
+            raise PomonaError("combiner sequence_concat needs a sequence; give an encoder reduce: none")
         if main_sequence_feature is not None and main_sequence_feature not in lengths:
             raise unknown("combiner.main_sequence_feature", main_sequence_feature, lengths)
         self.length = lengths[main_sequence_feature or next(iter(lengths))]
@@ -265,7 +265,9 @@ class Comparator(nn.Module):
 
     tokens = 0
 
-    def __init__(self, inputs: Inputs, entity_1: list[str], entity_2: list[str], layers: list[int] | None = None) -> None:
+    def __init__(
+        self, inputs: Inputs, entity_1: list[str], entity_2: list[str], layers: list[int] | None = None
+    ) -> None:
         super().__init__()
         for key, names in (("entity_1", entity_1), ("entity_2", entity_2)):
             for name in names:
@@ -321,7 +323,7 @@ COMBINERS: dict[str, Callable[..., nn.Module]] = {
     "comparator": Comparator,
     "project_aggregate": ProjectAggregate,
 }
-"""Combiners by name; add your own: ``COMBINERS["mine"] = MyModule``, called with ``inputs`` and the config's options."""
+"""Combiners by name; add your own: ``COMBINERS["mine"] = MyModule``, which takes ``inputs`` and options."""
 
 
 def make_combiner(spec: Mapping[str, Any], inputs: Inputs) -> nn.Module:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pandas as pd
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from pomona.data.target import clean_target, target_kind
-from pomona.data.types import infer as infer_kind
 from pomona.errors import PomonaError, unknown
-from pomona.options import Option, check_options
-from pomona.recipe.ludwig.cells import is_missing
-from pomona.recipe.ludwig.combiners import COMBINERS
-from pomona.recipe.ludwig.decoders import DECODERS
-from pomona.recipe.ludwig.ecd import ordered
-from pomona.recipe.ludwig.encoders import REDUCTIONS, check_encoder, is_backbone
-from pomona.recipe.ludwig.features import TYPES, FeatureType, Missing, get_type
+from pomona.options import Option
+from pomona.recipe.ludwig.check import check
+from pomona.recipe.ludwig.encoders import is_backbone
+from pomona.recipe.ludwig.features import get_type
 from pomona.recipe.recipe import read_yaml
 from pomona.train.settings import Training
 
@@ -68,7 +61,8 @@ class OutputFeature(_Model):
         name: the column.
         type: feature type.
         preprocessing: as for an input; missing targets are masked unless a strategy is named.
-        decoder: name of a decoder with options; ``layers`` (and ``linear``, ``act``, ``norm``, ``dropout``) stand before it.
+        decoder: name of a decoder with options; ``layers`` (with ``linear``, ``act``, ``norm``, ``dropout``)
+            stand before it.
         loss: name of a loss with options; ``weight`` multiplies it.
         dependencies: outputs whose last hidden layer this one is given.
         reduce: how a sequence from the combiner becomes a vector.
@@ -182,7 +176,7 @@ class Config(_Model):
             config = cls.model_validate(_merged(data))
         except ValidationError as error:
             raise _sentence(error) from error
-        _check(config)
+        check(config)
         return config
 
     def to_yaml(self) -> str:
@@ -250,195 +244,3 @@ def _inner(model: Any, part: Any) -> Any:
     found = model.model_fields[part].annotation if part in model.model_fields else model
     inside = [a for a in getattr(found, "__args__", ()) if hasattr(a, "model_fields")]
     return found if hasattr(found, "model_fields") else inside[-1] if inside else model
-
-
-def _check(config: Config) -> None:
-    """Every name and option, with its path.
-
-    Raises:
-        PomonaError: for the first that is wrong.
-    """
-    inputs: dict[str, Input] = {}
-    for position, item in enumerate(config.input_features):
-        where = f"input_features[{position}]"
-        kind = _check_feature(where, item, [*inputs])
-        if item.tied is not None:
-            if item.tied not in inputs:
-                raise unknown(f"{where}.tied", item.tied, inputs)
-            if inputs[item.tied].type != item.type:
-                raise PomonaError(f"{where}.tied={item.tied!r} is a {inputs[item.tied].type}, not a {item.type}")
-        item.encoder = {"type": kind.encoder, **item.encoder}
-        check_encoder(f"{where}.encoder", FORMS[item.type], item.encoder)
-        inputs[item.name] = item
-    outputs: list[str] = []
-    for position, output in enumerate(config.output_features):
-        where = f"output_features[{position}]"
-        kind = _check_feature(where, output, outputs)
-        if output.name in inputs:
-            raise PomonaError(f"{where}.name={output.name!r} is an input too; a target must not be one")
-        if not kind.decoders:
-            able = [name for name, other in TYPES.items() if other.decoders]
-            raise PomonaError(f"{where}.type={output.type!r} cannot be an output; use one of {', '.join(able)}")
-        output.decoder = _known(f"{where}.decoder", output.decoder, kind.decoders)
-        output.loss = _known(f"{where}.loss", output.loss, kind.losses)
-        _check_loss_and_decoder(where, output, kind)
-        if output.reduce not in REDUCTIONS[:-1]:
-            raise unknown(f"{where}.reduce", output.reduce, REDUCTIONS[:-1])
-        outputs.append(output.name)
-    ordered({output.name: output.dependencies for output in config.output_features})
-    if config.combiner["type"] not in COMBINERS:
-        raise unknown("combiner.type", config.combiner["type"], COMBINERS)
-    options = {key: value for key, value in config.combiner.items() if key != "type"}
-    _only("combiner", COMBINERS[config.combiner["type"]], options, ("inputs",))
-    watched = config.trainer.validation_metric
-    if watched != "loss" and watched.rpartition(".")[0] not in outputs:
-        raise unknown("trainer.validation_metric", watched, ["loss", *(f"{name}.<metric>" for name in outputs)])
-    _check_split(config.preprocessing.split)
-    _check_search(config)
-
-
-FORMS: dict[str, Any] = {
-    **dict.fromkeys(("number", "binary", "date", "vector"), "values"),
-    **dict.fromkeys(("set", "bag"), "counts"),
-    **dict.fromkeys(("sequence", "text"), "tokens"),
-    "category": "code",
-    "timeseries": "series",
-    "image": "image",
-}
-"""Form in which a type's columns reach its encoder."""
-
-
-def _check_feature(where: str, item: Input | OutputFeature, before: Sequence[str]) -> FeatureType:
-    kind = get_type(f"{where}.type", item.type)
-    if item.name in before:
-        raise PomonaError(f"{where}.name={item.name!r} is there twice")
-    options = dict(item.preprocessing)
-    strategy = options.pop("missing_value_strategy", None)
-    if strategy is not None and strategy not in Missing.__args__:  # type: ignore[attr-defined]
-        raise unknown(f"{where}.preprocessing.missing_value_strategy", strategy, Missing.__args__)  # type: ignore[attr-defined]
-    value = options.pop("fill_value", None)
-    if strategy == "fill_with_const" and value is None:
-        raise PomonaError(f"{where}.preprocessing.missing_value_strategy='fill_with_const' needs a fill_value beside it")
-    _only(f"{where}.preprocessing", kind.fit_meta, options, ("column", "folder"))
-    return kind
-
-
-def _known(where: str, spec: Mapping[str, Any], choices: Any) -> dict[str, Any]:
-    """The spec with its type, the first choice by default."""
-    spec = {"type": next(iter(choices)), **spec}
-    if spec["type"] not in choices:
-        raise unknown(f"{where}.type", spec["type"], choices)
-    return spec
-
-
-STACK = ("layers", "linear", "act", "norm", "dropout")
-"""Keys of a decoder that describe the fully connected layers before it."""
-
-
-def _check_loss_and_decoder(where: str, output: OutputFeature, kind: FeatureType) -> None:
-    loss = {k: v for k, v in output.loss.items() if k not in {"type", "weight"}}
-    weight = output.loss.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight >= 0:
-        raise PomonaError(f"{where}.loss.weight={weight!r} must be a number of at least 0")
-    _only(f"{where}.loss", kind.losses[output.loss["type"]], loss, ("output", "target"))
-    decoder = {k: v for k, v in output.decoder.items() if k != "type" and k not in STACK}
-    _only(f"{where}.decoder", DECODERS[output.decoder["type"]], decoder, ("size", "steps"))
-
-
-def _only(where: str, make: Any, options: Mapping[str, Any], own: Sequence[str]) -> None:
-    """Check options against a signature whose arguments ``own`` a person cannot set."""
-    for key in own:
-        if key in options:
-            raise unknown(f"option of {where}", key, [n for n in inspect.signature(make).parameters if n not in own])
-    check_options(where, make, options)
-
-
-def _check_split(split: SplitConfig) -> None:
-    if split.type != "random" and not split.column:
-        raise PomonaError(f"preprocessing.split.type={split.type!r} needs a column; say preprocessing.split.column")
-    shares = split.probabilities
-    if min(shares) < 0 or not shares[0] > 0 or not shares[1] > 0 or abs(sum(shares) - 1) > 1e-6:
-        raise PomonaError(
-            f"preprocessing.split.probabilities={list(shares)} must add up to 1, train and valid above 0, "
-            "as in [0.7, 0.1, 0.2]"
-        )
-
-
-def _check_search(config: Config) -> None:
-    for path, given in (config.search.parameters if config.search else {}).items():
-        where = f"search.parameters.{path}"
-        if (given.choices is None) == (given.low is None or given.high is None):
-            raise PomonaError(f"{where} needs either choices, or low and high")
-        if given.low is not None and given.high is not None and not given.low < given.high:
-            raise PomonaError(f"{where}: low={given.low:g} must be below high={given.high:g}")
-        with_value(config.model_dump(), path, (given.choices or [given.low])[0])
-
-
-def with_value(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """``data`` with the value at a dotted path changed, in place; items of a list go by name or position.
-
-    Raises:
-        PomonaError: for a path that leads nowhere.
-    """
-    *parents, last = path.split(".")
-    here: Any = data
-    for part in parents:
-        if isinstance(here, list):
-            names = [item["name"] for item in here]
-            if part not in names and not (part.isdigit() and int(part) < len(here)):
-                raise unknown(f"search.parameters: part of {path!r},", part, names)
-            here = here[names.index(part)] if part in names else here[int(part)]
-        elif isinstance(here, dict) and part in here:
-            here = here[part]
-        else:
-            raise unknown(f"search.parameters: part of {path!r},", part, here if isinstance(here, dict) else [])
-    if not isinstance(here, dict):
-        raise PomonaError(f"search.parameters.{path} does not lead to a value of the config")
-    if last == "type" and here.get("type") != value:
-        here.clear()  # options of one type are not those of another
-    here[last] = value
-    return data
-
-
-def infer(data: pd.DataFrame, target: str | Sequence[str]) -> dict[str, Any]:
-    """A config for a table: a type for each column that is worth using, and the targets as outputs.
-
-    Args:
-        data: the table.
-        target: the column to predict, or several.
-
-    Raises:
-        PomonaError: for a target that is not there, or when no column is left as an input.
-    """
-    targets = [target] if isinstance(target, str) else list(target)
-    for name in targets:
-        if name not in data:
-            raise unknown("target", name, data.columns)
-    inputs = [
-        {"name": str(name), "type": kind}
-        for name in data.columns
-        if name not in targets and (kind := _kind(data[name])) != "drop"
-    ]
-    if not inputs:
-        raise PomonaError("no usable column is left beside the target")
-    outputs = []
-    for name in targets:
-        column = clean_target(data[name]).dropna()
-        kind = target_kind(column)
-        kind_name = "number" if kind == "number" else "binary" if column.nunique() == 2 else "category"
-        outputs.append({"name": name, "type": kind_name})
-    return {"input_features": inputs, "output_features": outputs}
-
-
-def _kind(column: pd.Series) -> str:
-    """A column's type; lists of numbers are vectors where all have one length, else timeseries; lists of words sets."""
-    first = next((cell for cell in column if not is_missing(cell)), None)
-    if not hasattr(first, "__len__") or isinstance(first, str):
-        return infer_kind(column).kind
-    cells = [cell for cell in column if not is_missing(cell)]
-    if isinstance(next(iter(first), None), str):
-        return "set"
-    shape = getattr(first, "shape", (len(first),))
-    if len(shape) == 3:
-        return "image"
-    return "vector" if len(shape) == 1 and len({len(cell) for cell in cells}) == 1 else "timeseries"

@@ -30,7 +30,7 @@ def ordered(dependencies: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 class Output(nn.Module):
-    """One output: fully connected layers on the combined inputs and the hidden layers of its dependencies, then a decoder.
+    """One output: fully connected layers on the combined inputs and its dependencies' hidden layers, then a decoder.
 
     Args:
         fc: layers from ``features`` of the combiner and the dependencies' hidden layers.

@@ -19,8 +19,10 @@ from pomona.data.tables import read_table
 from pomona.data.task import Split, Task
 from pomona.errors import PomonaError, unknown
 from pomona.nets.specs import Inputs, Outputs
-from pomona.recipe.ludwig.config import Config, Trainer, with_value
+from pomona.recipe.ludwig.check import with_value
+from pomona.recipe.ludwig.config import Config, Input, OutputFeature, Trainer
 from pomona.recipe.ludwig.ecd import ECD
+from pomona.recipe.ludwig.features import TYPES
 from pomona.recipe.ludwig.schema import Packed, Schema, column_of
 from pomona.recipe.ludwig.splits import split_rows
 from pomona.train.budget import Budget
@@ -138,7 +140,7 @@ class Fitted:
         folder = Path(folder)
         for name in (CONFIG, METADATA, WEIGHTS):
             if not (folder / name).is_file():
-                raise PomonaError(f"folder {str(folder)!r} has no {name}; give a folder that save() or pomona fit wrote")
+                raise PomonaError(f"folder {str(folder)!r} has no {name}; give one that pomona fit wrote")
         config = Config.parse(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         data = json.loads((folder / METADATA).read_text(encoding="utf-8"))
         schema = Schema.from_json(data, config)
@@ -160,7 +162,7 @@ def read(data: Any, folder: Path = Path()) -> tuple[pd.DataFrame, Path]:
         return read_table(Path(data))[0], Path(data).parent
     if isinstance(data, Mapping):
         return pd.DataFrame({key: list(values) for key, values in data.items()}), folder
-    raise PomonaError(f"data of type {type(data).__name__} cannot be read; give a DataFrame or a CSV, TSV or Parquet file")
+    raise PomonaError(f"data of type {type(data).__name__} cannot be read; give a DataFrame or a file")
 
 
 def fit(config: Any, data: Any, *, seed: int | None = None, device: str | None = None) -> Fitted:
@@ -195,10 +197,9 @@ def _rows(config: Config, frame: pd.DataFrame) -> pd.DataFrame:
     ratio = config.preprocessing.sample_ratio
     if ratio < 1:
         frame = frame.sample(frac=ratio, random_state=config.trainer.seed).sort_index().reset_index(drop=True)
-    for item in [*config.input_features, *config.output_features]:
+    features: list[Input | OutputFeature] = [*config.input_features, *config.output_features]
+    for item in features:
         if item.preprocessing.get("missing_value_strategy") == "drop_row":
-            from pomona.recipe.ludwig.features import TYPES
-
             there = column_of(frame, item.name, TYPES[item.type]).notna().to_numpy()
             frame = frame[there].reset_index(drop=True)
     return frame
@@ -261,7 +262,9 @@ def _search(config: Config, parts: dict[str, pd.DataFrame], folder: Path) -> Fit
         nonlocal best, lowest
         values = {path: _suggest(trial, path, given) for path, given in search.parameters.items()}
         data = copy.deepcopy(base)
-        for path in sorted(values, key=lambda path: not path.endswith(".type")):  # a new type drops the old one's options
+        for path in sorted(
+            values, key=lambda path: not path.endswith(".type")
+        ):  # a new type drops the old one's options
             with_value(data, path, values[path])
         fitted, score = _fit(Config.parse(data), parts, folder)
         trials.append({"values": values, "score": score})

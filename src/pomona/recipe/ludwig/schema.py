@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from pomona.data.tables import plain_frame
 from pomona.errors import PomonaError, nearest
 from pomona.recipe.ludwig.cells import is_missing
+from pomona.recipe.ludwig.check import STACK
 from pomona.recipe.ludwig.combiners import Encoded, make_combiner
-from pomona.recipe.ludwig.config import STACK, Config, Input, OutputFeature
+from pomona.recipe.ludwig.config import Config, Input, OutputFeature
 from pomona.recipe.ludwig.decoders import DECODERS, Generator, Tagger, masked_mean
 from pomona.recipe.ludwig.ecd import ECD, Output
 from pomona.recipe.ludwig.encoders import fc_stack, make_encoder
@@ -35,7 +36,7 @@ def column_of(data: pd.DataFrame, name: str, kind: FeatureType) -> pd.Series:
         raise PomonaError(f"column {name!r} is missing{hint}")
     if kind.cells:
         column = data[name].astype(object).reset_index(drop=True)
-        return column.where([not is_missing(cell) for cell in column], None)
+        return column.mask(column.map(is_missing).astype(bool), None)
     return plain_frame(data[[name]])[0][name]
 
 

@@ -27,7 +27,7 @@ def split_rows(split: SplitConfig, data: pd.DataFrame, seed: int) -> dict[str, n
         text = labels(data[split.column]).astype(str).str.lower()
         strange = sorted(set(text) - set(_FIXED))
         if strange:
-            raise PomonaError(f"split column {split.column!r} holds {strange[0]!r}; needed are train, valid, test or 0, 1, 2")
+            raise PomonaError(f"split column {split.column!r} holds {strange[0]!r}; use train, valid, test or 0, 1, 2")
         part = text.map(_FIXED).to_numpy()
         rows = [np.flatnonzero(part == number) for number in range(3)]
     elif split.type == "datetime":
@@ -46,7 +46,7 @@ def split_rows(split: SplitConfig, data: pd.DataFrame, seed: int) -> dict[str, n
         rows = [np.sort(part) for part in _cut(rng.permutation(count), split.probabilities)]
     for name, index in zip(NAMES[:2], rows[:2], strict=True):
         if not len(index):
-            raise PomonaError(f"no rows are left for the {name} split; give more rows or other preprocessing.split settings")
+            raise PomonaError(f"no rows are left for the {name} split; give more rows or another preprocessing.split")
     return dict(zip(NAMES, rows, strict=True))
 
 

@@ -81,7 +81,10 @@ class FeatureTransformer(nn.Module):
 
 
 class TabNet(nn.Module):
-    """h = sum_i ReLU(d_i), [d_i, a_i] = f_i(M_i * BN(x)), M_i = sparsemax(P_{i-1} * BN(W a_{i-1})), P_i = P_{i-1} (gamma - M_i).
+    """Decision steps, each looking at the features that a sparse mask lets through.
+
+        h = sum_i ReLU(d_i),  [d_i, a_i] = f_i(M_i * BN(x)),
+        M_i = sparsemax(P_{i-1} * BN(W_i a_{i-1})),  P_i = P_{i-1} (gamma - M_i)
 
     Args:
         features: entries of a row.
