@@ -9,7 +9,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from pomona.nn import GatedPool2d, KANLayer
+from pomona.nn import GatedPool2d
+from pomona.nn.kan import KANLayer
 
 
 def main(epochs: int = 15) -> float:

@@ -48,7 +48,7 @@ def print_study(study: Study) -> None:
     failures: list[str] = []
     for row in study.rows:
         style = "dim" if row.kind == "reference" else ""
-        name = escape(row.name) + (" (classical)" if row.kind == "reference" else "")
+        name = escape(row.name) + ("*" if row.kind == "reference" else "")
         if not row.values:
             table.add_row(name, f"[red]{row.status}[/]", style=style)
             failures.append(f"{row.name}: {row.note}")
@@ -68,7 +68,9 @@ def print_study(study: Study) -> None:
         ]
         table.add_row(name, *cells[: len(headings)], style=style)
     console.print(table)
-    console.print(f"Differences are paired over seeds, against {escape(study.protocol.reference)}.", highlight=False)
+    classical = "  * classical model" if study.references else ""
+    reference = escape(study.protocol.reference)
+    console.print(f"Differences are paired over seeds, against {reference}.{classical}", highlight=False)
     for sentence in [*failures, *study.sentences]:
         console.print(escape(sentence), highlight=False)
     best = study.best_record
