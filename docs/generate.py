@@ -8,7 +8,6 @@ Everything comes from catalog.toml, slots.toml and claims/ledger.json of the sou
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import sys
@@ -27,7 +26,7 @@ NOTICE = "<!-- written by docs/generate.py; change the data, not this page -->\n
 SLOT_TEXT = {
     "linear": "In place of a linear layer: `(*, in) -> (*, out)`. In `mlp`, `mixer`, `sequence`.",
     "act": "Activations. In every backbone.",
-    "norm": "Normalisation before the activation (`mlp`, `convnet`, `resnet`) or before each branch (`mixer`, `sequence`).",
+    "norm": "Normalisation, before the activation or, in `mixer` and `sequence`, before each branch.",
     "pool": "Pooling between the stages of `convnet`.",
     "conv": "In place of a convolution, in `convnet` and `resnet`.",
     "residual": "How a block's input and output are joined: called as `module(x, branch)`.",
@@ -112,9 +111,9 @@ def options_of(make: str) -> str:
     shown = [p for name, p in named.items() if name not in SIZES and name != "self"]
     if make.startswith("torch."):  # PyTorch's own layers keep their defaults
         return ""
-    return ", ".join(
-        f"`{p.name}`" if p.default is inspect.Parameter.empty else f"`{p.name}={p.default}`" for p in shown
-    )
+    # a default that is no plain value has no text that stays the same from run to run
+    plain = (str, int, float, bool, tuple, type(None))
+    return ", ".join(f"`{p.name}={p.default}`" if isinstance(p.default, plain) else f"`{p.name}`" for p in shown)
 
 
 def slots_page() -> str:
@@ -140,7 +139,9 @@ def slots_page() -> str:
             )
         parts.append(table(("name", "made by", "options", "paper"), rows))
     parts.append("## Short names\n")
-    parts.append("A short name stands for a whole candidate. Options after a colon go to its last slot.\n")
+    parts.append(
+        "A short name stands for a whole candidate. Options after a colon go to the first name in it: `kan:grid=8`.\n"
+    )
     parts.append(table(("name", "candidate"), [(f"`{k}`", f"`{v}`") for k, v in catalog.short_names().items()]))
     return NOTICE + "\n".join(parts)
 
@@ -182,19 +183,20 @@ def claims_page() -> str:
         for e in entries:
             interval = f" [{number(e['interval'][0])}, {number(e['interval'][1])}]" if e["interval"] else ""
             margin = f", margin {e['margin']:.3g}" if e.get("margin") else ""
-            rows.append((f"[`{e['key']}`](#{e['key']})", f"**{e['verdict']}**", f"{number(e['effect'])}{interval}{margin}",
-                         escape(e["metric"]), escape(e["paper"])))  # fmt: skip
+            ours = f"{number(e['effect'])}{interval}{margin}"
+            link = f"[`{e['key']}`](#{e['key']})"
+            rows.append((link, f"**{e['verdict']}**", ours, escape(e["metric"]), escape(e["paper"])))
         parts.append(table(("paper", "verdict", "ours", "in", "the paper's figure"), rows))
     else:
         parts.append("No claim has been run at full scale yet.\n")
     for e in entries:
         paper = papers[e["key"]]
         parts.append(f"## {e['key']} {{ #{e['key']} }}\n")
-        parts.append(f"{escape(paper.title)}, {arxiv(paper.arxiv)}. {escape(e['method'])} against {escape(e['baseline'])}: "
-                     f"**{e['verdict']}** ({e['kind']}).\n")  # fmt: skip
-        seconds = f"{e['seconds']:.0f} s"
-        parts.append(f"{len(e['seeds'])} seeds, {e['scale']} scale, {seconds}, {escape(e['machine'])}, {e['date']}"
-                     + (f", commit `{e['commit']}`" if e["commit"] else "") + ".\n")  # fmt: skip
+        against = f"{escape(e['method'])} against {escape(e['baseline'])}"
+        parts.append(f"{escape(paper.title)}, {arxiv(paper.arxiv)}. {against}: **{e['verdict']}** ({e['kind']}).\n")
+        commit = f", commit `{e['commit']}`" if e["commit"] else ""
+        run = f"{len(e['seeds'])} seeds, {e['scale']} scale, {e['seconds']:.0f} s, {escape(e['machine'])}, {e['date']}"
+        parts.append(f"{run}{commit}.\n")
         if e["censored"]:
             parts.append("Censored: some run ended at its budget before it gave its number.\n")
         if e["note"]:
@@ -231,6 +233,7 @@ def stale() -> list[Path]:
 
 
 def main(arguments: list[str]) -> int:
+    """Write what is stale, or with ``--check`` say what is."""
     if arguments not in ([], ["--check"]):
         print("usage: python docs/generate.py [--check]", file=sys.stderr)
         return 2

@@ -42,7 +42,7 @@ def main(
     from pomona.cli.tables import print_study
 
     start = time.perf_counter()
-    print(f"{len(CANDIDATES)} candidates on 1,797 digits, {trials} tuning trials and {seeds} seeds each, {epochs:g} epochs")
+    print(f"{len(CANDIDATES)} candidates, 1,797 digits; {trials} tuning trials, {seeds} seeds each, {epochs:g} epochs")
     study = pm.compare(
         "digits",
         candidates=CANDIDATES,

@@ -1,6 +1,7 @@
 """A table of your own: compare candidates, then predict new rows.
 
-The table is synthetic: a random generator draws customers and a rule of our own decides who leaves. Put your own CSV in its place.
+The table is synthetic: a random generator draws customers and a rule of our own decides who leaves. Put your own CSV in
+its place.
 Run it with `python examples/own_csv.py [FOLDER]`; the files go to FOLDER, or the current folder.
 """
 

@@ -103,8 +103,8 @@ def parse_candidate(text: str) -> tuple[str, dict[str, str]]:
     if short is not None:
         head, settings = parse_candidate(short)
         if colon:  # options of a short name go to the slot it stands for: kan:grid=8
-            last = list(settings)[-1]
-            settings[last] += f":{tail}"
+            first = next(iter(settings))
+            settings[first] += f":{tail}"
     said: set[str] = set()
     for word in pairs:
         key, equals, value = word.partition("=")

@@ -20,7 +20,7 @@ COLUMNS = (
 )
 TABLE = Inputs("table", (sum(c.width for c in COLUMNS),), COLUMNS)
 INPUTS = {
-    "table": Inputs("table", (6,)),
+    "table": Inputs("table", (8,)),
     "image": Inputs("image", (1, 8, 8)),
     "series": Inputs("series", (2, 16)),
     "tokens": Inputs("tokens", (12,), vocabulary=9),
@@ -90,6 +90,10 @@ def test_each_backbone_takes_typed_columns(name):
 @pytest.mark.parametrize("name, slot, option", SLOTS, ids=[f"{n}-{s}-{o}" for n, s, o in SLOTS])
 def test_each_name_fills_its_slot(name, slot, option):
     inputs = INPUTS[BACKBONES[name].kinds[0]]
+    if option == "instance" and inputs.kind != "image":
+        with pytest.raises(PomonaError, match=r"^norm='instance' needs positions to average over"):
+            build(f"{name} {slot}={option} width=16", Sizes(inputs))
+        return
     net = build(f"{name} {slot}={option} width=16", Sizes(inputs))
     x = rows(inputs)
     out = net(x)
@@ -139,11 +143,11 @@ def test_numbers_come_out_in_the_targets_own_units():
 
 def test_depth_zero_is_a_linear_model():
     net = build("mlp depth=0", Sizes(INPUTS["table"]))
-    assert parameters(net) == 6 * 3 + 3
+    assert parameters(net) == 8 * 3 + 3
 
 
 def test_a_residual_mlp_joins_where_widths_agree():
-    net = build("mlp residual=add width=6 depth=2", Sizes(INPUTS["table"]))
+    net = build("mlp residual=add width=8 depth=2", Sizes(INPUTS["table"]))
     x = rows(INPUTS["table"])
     with torch.no_grad():
         for block in net.blocks:
@@ -181,7 +185,7 @@ def test_match_finds_a_width_that_the_activation_can_give(act):
         ("mlp act=geluu", "table", "act='geluu' is not known; did you mean "),
         ("mlp width=0", "table", "width=0 of mlp must be above 0"),
         ("mlp depth=-1", "table", "depth=-1 of mlp must be 0 or more"),
-        ("mlp dropout=1", "table", "dropout=1.0 of mlp must be in [0, 1)"),
+        ("mlp dropout=1", "table", "dropout=1 of mlp must be in [0, 1)"),
         ("mlp width=big", "table", "width='big' of mlp is not valid: "),
         ("convnet", "table", "convnet takes image input, not table; use mlp, mixer"),
         ("sequence", "image", "sequence takes series or tokens input, not image; use mlp, convnet, resnet, mixer"),

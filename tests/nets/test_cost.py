@@ -52,7 +52,7 @@ def test_latency_is_a_time():
     assert 0 < latency(nn.Linear(8, 8), torch.randn(4, 8), repeats=3) < 1
 
 
-@pytest.mark.parametrize("target", [300, 5_000, 250_000])
+@pytest.mark.parametrize("target", [300, 5_000, 100_000])
 def test_the_width_comes_nearest_to_the_target(target):
     def make(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(10, width), nn.Linear(width, 3))

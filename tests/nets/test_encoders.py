@@ -14,8 +14,6 @@ from pomona.nets.encoders import (
     TableEncoder,
     TextEncoder,
     column_encoder,
-    common_divisors,
-    default_patch,
     embedding_size,
 )
 from pomona.nets.specs import Column, Inputs, Outputs, inputs_from_json, outputs_from_json, to_json
@@ -77,13 +75,6 @@ def test_patches_cover_the_input_once(inputs, patches):
     encoder = Patches(inputs, 5, 2)
     assert encoder.tokens == patches
     assert encoder(torch.randn(4, *inputs.shape)).shape == (4, patches, 5)
-
-
-def test_the_default_patch_gives_about_eight_a_side():
-    assert default_patch(32) == 4 and default_patch(8) == 1 and default_patch(7) == 1
-    assert common_divisors([8, 12]) == [1, 2, 4]
-    with pytest.raises(PomonaError, match=r"^patch=5 does not divide the input's 8 x 12; use one of 1, 2, 4$"):
-        Patches(Inputs("image", (2, 8, 12)), 5, 5)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 128, 129, 500])

@@ -18,8 +18,24 @@ from pomona.nn.fnet import ENCODER_MIXERS, FNet, FNetBlock
 
 SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"steps": 4, "length": 16, "dim": 16, "layers": 2, "windows": 16, "rates": [3e-3], "time": (16, 32)},
-    "full": {"steps": 500, "length": 32, "dim": 48, "layers": 2, "windows": 512, "rates": [5e-3, 2e-3], "time": (256, 1024)},
-    "gpu": {"steps": 20000, "length": 128, "dim": 128, "layers": 4, "windows": 512, "rates": [2e-3, 5e-4], "time": (512, 2048)},
+    "full": {
+        "steps": 500,
+        "length": 32,
+        "dim": 48,
+        "layers": 2,
+        "windows": 512,
+        "rates": [5e-3, 2e-3],
+        "time": (256, 1024),
+    },
+    "gpu": {
+        "steps": 20000,
+        "length": 128,
+        "dim": 128,
+        "layers": 4,
+        "windows": 512,
+        "rates": [2e-3, 5e-4],
+        "time": (512, 2048),
+    },
 }
 BATCH, MASKED, SHARE = 32, 0.15, 0.92
 OTHERS = {"hybrid": ("fourier", 1), "linear": ("linear", 0), "random": ("random", 0), "none": ("none", 0)}
@@ -44,7 +60,9 @@ def fnet(scale: Scale, seeds: Sequence[int]) -> Comparison:
         runs = [train_masked(text, sizes, options, lr, seed)["test"] for seed in own]
         results[name] = {"lr": lr, "accuracy": sum(runs) / len(runs), "runs": runs}
         log.info("%s: %s", name, results[name])
-    speed = {n: {name: steps_a_second(name, n, sizes["dim"]) for name in ("attention", "fourier")} for n in sizes["time"]}
+    speed = {
+        n: {name: steps_a_second(name, n, sizes["dim"]) for name in ("attention", "fourier")} for n in sizes["time"]
+    }
     ratio = {n: rates["fourier"] / rates["attention"] for n, rates in speed.items()}
     return Comparison(
         method=results["fnet"]["runs"],
@@ -63,17 +81,22 @@ def _text() -> CharacterText:
     return kjv_characters(1_000_000)
 
 
-def masked_windows(ids: Tensor, starts: Tensor, length: int, mask: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+def masked_windows(
+    ids: Tensor, starts: Tensor, length: int, mask: int, generator: torch.Generator
+) -> tuple[Tensor, ...]:
     """Windows with hidden characters, the characters, and where they are hidden, each (windows, length)."""
     target = ids[starts[:, None] + torch.arange(length)]
     hidden = torch.rand(target.shape, generator=generator) < MASKED
     return target.masked_fill(hidden, mask), target, hidden
 
 
-def train_masked(text: CharacterText, sizes: dict[str, Any], options: dict[str, Any], lr: float, seed: int) -> dict[str, float]:
+def train_masked(
+    text: CharacterText, sizes: dict[str, Any], options: dict[str, Any], lr: float, seed: int
+) -> dict[str, float]:
     """Train an encoder on masked characters: accuracy at them on validation and test, the same windows for all."""
     length, dim, mask = sizes["length"], sizes["dim"], len(text.vocabulary)
     net = seeded(lambda: FNet(mask + 1, dim, sizes["layers"], length, hidden=2 * dim, **options), seed)
+    assert isinstance(net, FNet)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=sizes["steps"] + 1, pct_start=0.1)
     generator, ids = torch.Generator().manual_seed(seed), text.split("train")

@@ -21,7 +21,7 @@ from pomona.train.settings import Training
 
 SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"data": "digits", "limit": 400, "epochs": 1, "width": 32},
-    "full": {"data": "fashion_mnist", "limit": 5_000, "epochs": 10, "width": 400},
+    "full": {"data": "fashion_mnist", "limit": 7_500, "epochs": 15, "width": 400},
     "gpu": {"data": "fashion_mnist", "limit": 60_000, "epochs": 30, "width": 1000},
 }
 DEPTH = 3

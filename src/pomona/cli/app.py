@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that ``--help`` and ``list`` answer
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Annotated
 
@@ -45,6 +46,12 @@ catalogue.register(app)
 claims.register(app)
 
 
+def as_options(message: str) -> str:
+    """A library's advice in the words of the command line: ``types={'age': 'category'}`` is ``--type age=category``."""
+    message = re.sub(r"types=\{'([^']*)': '(\w+)'\}", r"--type \1=\2", message)
+    return message.replace("data_dir=...", "--data-dir ...").replace("target=...", "--target ...")
+
+
 def main() -> None:
     """Run a command; a :class:`~pomona.errors.PomonaError` becomes one sentence and exit code 2."""
     from pomona.errors import PomonaError
@@ -52,7 +59,7 @@ def main() -> None:
     try:
         app()
     except PomonaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_options(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped; what was finished is in the zoo, and --resume goes on from there", file=sys.stderr)

@@ -131,6 +131,8 @@ def compare(
     if report is not None:
         study.report(report)
         print(f"report written to {report}", file=sys.stderr)
+    if study.best_record is None:
+        raise typer.Exit(1)
 
 
 def run(

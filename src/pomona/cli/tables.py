@@ -42,7 +42,7 @@ def print_study(study: Study) -> None:
     console = Console()
     headings = [study.metric, "95% interval", "difference", "P(better)", "params", "FLOPs", "s", "MB", "ms/256"]
     # a narrow terminal shows what matters most; --json and the report have everything
-    headings = headings[: 9 if console.width >= 110 else 5 if console.width >= 80 else 2]
+    headings = headings[: 9 if console.width >= 120 else 5 if console.width >= 96 else 4 if console.width >= 76 else 2]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     failures: list[str] = []

@@ -1,4 +1,7 @@
-"""Binary masks over a network's weights: made by a criterion, kept through training, folded in at the end."""
+"""Binary masks over a network's weights: made by a criterion, kept through training, folded in at the end.
+
+Source: The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks, arXiv 1803.03635.
+"""
 
 from __future__ import annotations
 

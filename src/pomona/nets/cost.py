@@ -111,11 +111,19 @@ def match_width(
     """
     counts: dict[int, int] = {}
 
+    def unallocated(width: int) -> nn.Module:
+        """``make(width)`` without memory for its weights, where its initialisation can do without."""
+        with torch.random.fork_rng():
+            try:
+                with torch.device("meta"):
+                    return make(width)
+            except NotImplementedError:  # it computes with values
+                return make(width)
+
     def count(width: int) -> int | None:
         if width not in counts:
             try:
-                with torch.random.fork_rng(), torch.device("meta"):
-                    counts[width] = parameters(make(width))
+                counts[width] = parameters(unallocated(width))
             except PomonaError:
                 counts[width] = -1
         return None if counts[width] < 0 else counts[width]

@@ -13,6 +13,9 @@ from pomona.nets.specs import Column, Inputs
 ONE_HOT_LIMIT = 8
 """Categories with at most this many codes are one-hot; larger ones are embedded."""
 
+PLACE_SCALE = 0.2
+"""Standard deviation of the learned vectors that tell places apart: about that of the projections they are added to."""
+
 
 def embedding_size(cardinality: int) -> int:
     """Width of a category's embedding: 1.6 n^0.56, at most 64, the usual rule for tables."""
@@ -273,7 +276,7 @@ class Patches(nn.Module):
         conv = nn.Conv2d if len(sizes) == 2 else nn.Conv1d
         self.project = conv(channels, dim, patch, stride=patch)
         self.tokens = math.prod(math.ceil(size / patch) for size in sizes)
-        self.positions = nn.Parameter(0.02 * torch.randn(self.tokens, dim))
+        self.positions = nn.Parameter(PLACE_SCALE * torch.randn(self.tokens, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -300,7 +303,7 @@ class Steps(nn.Module):
             kernel = min(2 * stride + 1, 2 * length - 1)
             self.embed = nn.Conv1d(inputs.shape[0], dim, kernel, stride=stride, padding=kernel // 2)
             self.tokens = (length + 2 * (kernel // 2) - kernel) // stride + 1
-        self.positions = nn.Parameter(0.02 * torch.randn(self.tokens, dim))
+        self.positions = nn.Parameter(PLACE_SCALE * torch.randn(self.tokens, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""

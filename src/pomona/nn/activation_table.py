@@ -1,4 +1,7 @@
-"""Facts about the activations of the catalogue, and what uses them: curves, swapping, recalibrated weights."""
+"""Facts about the activations of the catalogue, and what uses them: curves, swapping, recalibrated weights.
+
+Source: Gaussian Error Linear Units (GELUs), arXiv 1606.08415.
+"""
 
 from __future__ import annotations
 

@@ -110,6 +110,20 @@ class HartleyMixer(FourierMixer):
     imaginary = -1.0
 
 
+def fourier_mixer(
+    dim: int, tokens: int, *, method: Literal["fft", "matmul"] = "fft", scale: Literal["backward", "ortho"] = "ortho"
+) -> FourierMixer:
+    """``mixer=fourier``: orthonormal, since no norm follows in a pre-norm block (arXiv 2105.03824 is post-norm)."""
+    return FourierMixer(dim, tokens, method=method, scale=scale)
+
+
+def hartley_mixer(
+    dim: int, tokens: int, *, method: Literal["fft", "matmul"] = "fft", scale: Literal["backward", "ortho"] = "ortho"
+) -> HartleyMixer:
+    """``mixer=hartley``: orthonormal, as :func:`fourier_mixer`."""
+    return HartleyMixer(dim, tokens, method=method, scale=scale)
+
+
 class DCTMixer(nn.Module):
     """y = C_N x C_D^T with orthonormal type-II cosine transforms over tokens and channels. No parameters.
 

@@ -1,4 +1,7 @@
-"""Other pooling functions in a given network, and how well a network bears moved images."""
+"""Other pooling functions in a given network, and how well a network bears moved images.
+
+Source: Generalizing Pooling Functions in Convolutional Neural Networks: Mixed, Gated, and Tree, arXiv 1509.08985.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def raw_rows(data: str | Path) -> Any:
             raise PomonaError(f"folder {str(data)!r} holds no images")
         return images
     if path.suffix == ".npz" and path.exists():
+        if not zipfile.is_zipfile(path):
+            raise PomonaError(f"{str(data)!r} is not an npz file; write it with numpy.savez")
         with np.load(path, allow_pickle=False) as arrays:
             if "X" not in arrays.files:
                 raise PomonaError(

@@ -90,7 +90,8 @@ class Recipe(BaseModel):
                 fields["settings"][key] = options.scalar(value)
             elif key in Training.model_fields:
                 text_setting = key in {"rule", "schedule", "loss", "transform", "optimizer", "device", "precision"}
-                fields["training"][key] = value if text_setting else options.scalar(value)
+                nothing = options.scalar(value) is None
+                fields["training"][key] = value if text_setting and not nothing else options.scalar(value)
             elif key == "edit":
                 fields["edit"] = tuple(value.split("+"))
             elif key in OWN:

@@ -15,7 +15,7 @@ from pomona.data.task import Task
 from pomona.recipe.execute import Restored, restore
 from pomona.study.protocol import Protocol
 from pomona.study.references import Reference
-from pomona.study.sentences import conclude
+from pomona.study.sentences import SHARES, conclude
 from pomona.study.stats import Difference, bootstrap_interval, paired_difference, relative_improvement
 from pomona.zoo import Record, Zoo
 
@@ -93,7 +93,9 @@ class Study:
         for row in rows:
             if row.values:
                 row.mean = float(np.mean(row.values))
-                row.interval = bootstrap_interval(row.values)
+                low, high = bootstrap_interval(row.values)
+                # Student's interval knows nothing of the ends of the scale
+                row.interval = (max(low, 0.0), min(high, 1.0)) if self.metric in SHARES else (low, high)
         networks = [row for row in rows if row.kind == "network" and row.status == "ok"]
         higher = self.task.higher_is_better
         for row, value in zip(networks, relative_improvement([r.mean for r in networks], higher), strict=True):

@@ -1,4 +1,7 @@
-"""Rules under which every block of a network learns from a loss of its own."""
+"""Rules under which every block of a network learns from a loss of its own.
+
+Source: Layer Collaboration in the Forward-Forward Algorithm, arXiv 2305.12393.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the zoo keeps of one finished training."""
+"""What the zoo keeps of one finished training.
+
+Source: LEMUR Neural Network Dataset: Towards Seamless AutoML, arXiv 2504.10552.
+"""
 
 from __future__ import annotations
 

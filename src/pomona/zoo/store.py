@@ -1,4 +1,7 @@
-"""Every network ever trained, with its recipe, data fingerprint, curve, cost and weights."""
+"""Every network ever trained, with its recipe, data fingerprint, curve, cost and weights.
+
+Source: LEMUR Neural Network Dataset: Towards Seamless AutoML, arXiv 2504.10552.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pomona.recipe.ludwig import Config, Fitted, fit, infer
 from pomona.recipe.ludwig.schema import Schema
 from pomona.recipe.ludwig.splits import split_rows
 
-SHORT = {"epochs": 2, "seconds": None, "batch_size": 16, "seed": 0}
+SHORT = {"epochs": 2, "batch_size": 16, "seed": 0}
 
 
 def table(rows=80, seed=0):
@@ -145,7 +145,11 @@ def test_adding_an_input_column_adds_its_encoder_and_combiner_columns():
 
 
 def test_training_is_repeatable_and_the_seed_changes_it():
-    config = {**EVERYTHING, "input_features": EVERYTHING["input_features"][:2], "output_features": [{"name": "yes", "type": "binary"}]}
+    config = {
+        **EVERYTHING,
+        "input_features": EVERYTHING["input_features"][:2],
+        "output_features": [{"name": "yes", "type": "binary"}],
+    }
     state = torch.get_rng_state()
     first, second, other = (fit(config, table(), seed=seed).predict(table(5)) for seed in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
@@ -234,7 +238,9 @@ def test_bad_data_are_named(fitted, tmp_path):
         fitted.predict(table(3).drop(columns="picture"))
     wrong = table(3)
     wrong.at[1, "vector"] = [1.0]
-    with pytest.raises(PomonaError, match=r"column 'vector', row 2: a cell of shape \(1,\) does not fit; needed is \(3,\)"):
+    with pytest.raises(
+        PomonaError, match=r"column 'vector', row 2: a cell of shape \(1,\) does not fit; needed is \(3,\)"
+    ):
         fitted.predict(wrong)
     with pytest.raises(PomonaError, match=r"has no config\.json; give one that pomona fit wrote"):
         Fitted.load(tmp_path)

@@ -56,6 +56,8 @@ def check(config: Config) -> None:
         raise unknown("combiner.type", config.combiner["type"], COMBINERS)
     options = {key: value for key, value in config.combiner.items() if key != "type"}
     _only("combiner", COMBINERS[config.combiner["type"]], options, ("inputs",))
+    if config.trainer.epochs is not None and config.trainer.seconds is not None:
+        raise PomonaError("trainer.epochs and trainer.seconds: give one budget, not both")
     watched = config.trainer.validation_metric
     if watched != "loss" and watched.rpartition(".")[0] not in outputs:
         raise unknown("trainer.validation_metric", watched, ["loss", *(f"{name}.<metric>" for name in outputs)])

@@ -16,9 +16,9 @@ from pomona.recipe.ludwig.encoders import (
     StackedCNN,
     Transformer,
     Untouched,
-    check_reduction,
     fc_stack,
     reduce_steps,
+    reduction,
     transformer_stack,
 )
 from pomona.recipe.ludwig.tabnet import TabNet
@@ -85,9 +85,9 @@ class SequenceConcat(nn.Module):
         {name: (B, T, features) or (B, features)} -> (B, T, features), or (B, features) reduced
     """
 
-    def __init__(self, inputs: Inputs, main_sequence_feature: str | None = None, reduce: str = "none") -> None:
+    def __init__(self, inputs: Inputs, main_sequence_feature: str | None = None, reduce: str | None = "none") -> None:
         super().__init__()
-        check_reduction("combiner.reduce", reduce)
+        reduce = reduction("combiner.reduce", reduce)
         lengths = {name: e.tokens for name, e in inputs.items() if e.tokens}
         if not lengths:
             raise PomonaError("combiner sequence_concat needs a sequence; give an encoder reduce: none")
@@ -119,10 +119,10 @@ class Sequence(nn.Module):
 
     def __init__(
         self, inputs: Inputs, encoder: str = "parallel_cnn", width: int = 32,
-        main_sequence_feature: str | None = None, reduce: str = "max",
+        main_sequence_feature: str | None = None, reduce: str | None = "max",
     ) -> None:  # fmt: skip
         super().__init__()
-        check_reduction("combiner.reduce", reduce)
+        reduce = reduction("combiner.reduce", reduce)
         self.join = SequenceConcat(inputs, main_sequence_feature)
         bodies: dict[str, Callable[[int], nn.Module]] = {
             "parallel_cnn": lambda n: ParallelCNN(n, width),
@@ -168,10 +168,10 @@ class ColumnTransformer(nn.Module):
 
     def __init__(
         self, inputs: Inputs, width: int = 64, depth: int = 1, heads: int = 8, ffn: int = 256, dropout: float = 0.1,
-        reduce: str = "mean", layers: list[int] | None = None,
+        reduce: str | None = "mean", layers: list[int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_reduction("combiner.reduce", reduce)
+        reduce = reduction("combiner.reduce", reduce)
         self.project = Tokens(inputs, width)
         self.layers = transformer_stack(width, depth, heads, ffn, dropout)
         self.reduce = "mean" if reduce == "none" else reduce

@@ -103,13 +103,13 @@ class Trainer(Training):
     """Training settings, the budget, and what is watched on validation.
 
     Attributes:
-        epochs: passes over the training rows, or 300 steps where that is more.
+        epochs: passes over the training rows; by default 100, or 300 steps where that is more.
         seconds: a budget in seconds instead.
         validation_metric: ``loss``, or ``output.metric`` as in ``species.accuracy``.
         seed: of the split, initialisation and batches.
     """
 
-    epochs: float = Field(default=100, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     seconds: float | None = Field(default=None, gt=0)
     validation_metric: str = "loss"
     seed: int = 0

@@ -19,7 +19,8 @@ from pomona.nets.build import BACKBONES, backbone, make, split_settings
 from pomona.nets.encoders import CodeEmbedding, Flatten, ImageEncoder, OneHotEncoder, Pass, embedding_size
 from pomona.nets.fill import Fill
 from pomona.nets.specs import Column, Inputs, Outputs
-from pomona.nets.tokens import _TokenNet
+from pomona.nets.tokens import Mixer
+from pomona.nets.tokens import Sequence as SequenceNet
 from pomona.options import check_options, parse_candidate
 
 Form = Literal["values", "code", "counts", "tokens", "series", "image"]
@@ -88,10 +89,15 @@ def reduce_steps(x: Tensor, how: str, present: Tensor | None = None) -> Tensor:
     return total / weight.sum(1).clamp(min=1) if how == "mean" else total
 
 
-def check_reduction(field: str, how: str) -> None:
-    """Raise for a reduction that there is none of."""
-    if how not in REDUCTIONS:
+def reduction(field: str, how: str | None) -> str:
+    """The name of a reduction, ``none`` for None.
+
+    Raises:
+        PomonaError: for one that there is none of.
+    """
+    if (how or "none") not in REDUCTIONS:
         raise unknown(field, how, REDUCTIONS)
+    return how or "none"
 
 
 class Dense(nn.Sequential):
@@ -160,13 +166,15 @@ class ParallelCNN(nn.Module):
 
     def __init__(self, inputs: int, width: int = 32, kernels: tuple[int, ...] = (2, 3, 4, 5)) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv1d(inputs, width, kernel, padding="same") for kernel in kernels)
+        self.convs = nn.ModuleList(nn.Conv1d(inputs, width, kernel) for kernel in kernels)
+        self.pads = [((kernel - 1) // 2, kernel // 2) for kernel in kernels]
         self.features = width * len(kernels)
 
     def forward(self, x: Tensor, present: Tensor) -> Tensor:
         """See the class."""
         x = x.transpose(1, 2)
-        return torch.cat([conv(x).relu() for conv in self.convs], 1).transpose(1, 2)
+        padded = (nn.functional.pad(x, pad) for pad in self.pads)
+        return torch.cat([conv(p).relu() for conv, p in zip(self.convs, padded, strict=True)], 1).transpose(1, 2)
 
 
 class StackedCNN(nn.Module):
@@ -218,6 +226,8 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, present: Tensor) -> Tensor:
         """See the class."""
         x = self.project(x) + self.positions
+        if len(x) == 0:  # torch's attention cannot shape the mask of no rows
+            return x
         first = torch.arange(x.shape[1], device=x.device) == 0
         masked = ~(present | first)  # softmax over no step at all would be nan
         for layer in self.layers:
@@ -251,18 +261,17 @@ class Steps(nn.Module):
     """
 
     def __init__(
-        self, field: Field, body: Callable[..., nn.Module], reduce: str, embedding: int, **options: Any
+        self, field: Field, body: Callable[..., nn.Module], reduce: str | None, embedding: int, **options: Any
     ) -> None:
         super().__init__()
-        check_reduction("reduce", reduce)
-        self.shape, self.reduce = field.shape, reduce
+        self.shape, self.reduce = field.shape, reduction("reduce", reduce)
         self.embed = nn.Embedding(field.codes, embedding, padding_idx=0) if field.form == "tokens" else None
         inputs, length = (embedding, field.width) if self.embed is not None else field.shape
         if body is Transformer:
             options["length"] = length
         self.body = body(inputs, **options)
         self.features = int(self.body.features)  # type: ignore[arg-type]
-        self.tokens = length if reduce == "none" else 0
+        self.tokens = length if self.reduce == "none" else 0
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -288,14 +297,15 @@ class Backbone(nn.Module):
         (B, width) -> (B, features) or (B, tokens, features)
     """
 
-    def __init__(self, field: Field, candidate: str, reduce: Literal["mean", "none"] = "mean") -> None:
+    def __init__(self, field: Field, candidate: str, reduce: Literal["mean", "none"] | None = "mean") -> None:
         super().__init__()
         name, given = parse_candidate(candidate)
         slots, settings = split_settings(name, given)
         self.field = field
         self.net = make(name, slots, settings, field.inputs, Outputs("number", 1))
         self.net.head = nn.Identity()
-        if reduce == "none" and not isinstance(self.net, _TokenNet):
+        reduce = reduce or "none"
+        if reduce == "none" and not isinstance(self.net, (Mixer, SequenceNet)):
             raise PomonaError(f"reduce='none' needs a backbone of tokens (mixer, sequence), not {name}")
         self.tokens = int(self.net.stem.tokens) if reduce == "none" else 0  # type: ignore[union-attr, arg-type]
         with torch.no_grad():

@@ -247,6 +247,8 @@ class _Classes(FeatureType):
     def metrics(self, output: Tensor, target: Tensor, meta: Meta) -> dict[str, float]:
         """Classification metrics; a class that training rows lack counts as wrong in the accuracy, and only there."""
         known = target[:, 0] >= 0
+        if not known.any():
+            return {"accuracy": 0.0}
         found = classification_metrics(self._logits(output[known]), target[known, 0].long())
         return found | {"accuracy": found["accuracy"] * float(known.float().mean())}
 

@@ -241,8 +241,10 @@ def _train(trainer: Trainer, net: Packed, task: DeclaredTask) -> Fit:
     settings = Training(**{key: getattr(trainer, key) for key in Training.model_fields})
     count = len(task.splits["train"])
     batch = min(settings.batch_size, count)
-    budget = Budget("examples", max(trainer.epochs * count, FEWEST_STEPS * batch))
-    if trainer.seconds is not None:
+    budget = Budget("examples", max(100 * count, FEWEST_STEPS * batch))
+    if trainer.epochs is not None:
+        budget = Budget("epochs", trainer.epochs)
+    elif trainer.seconds is not None:
         budget = Budget("seconds", trainer.seconds)
     return train(net, task, settings, budget=budget, seed=trainer.seed)
 

@@ -53,6 +53,6 @@ def _kind(column: pd.Series) -> str:
     if isinstance(next(iter(first), None), str):
         return "set"
     shape = getattr(first, "shape", (len(first),))
-    if len(shape) == 3:
+    if len(shape) == 3 or (len(shape) == 2 and str(getattr(first, "dtype", "")) == "uint8"):
         return "image"
     return "vector" if len(shape) == 1 and len({len(cell) for cell in cells}) == 1 else "timeseries"

@@ -70,7 +70,10 @@ class Feature:
         column = column_of(train, config.name, kind)
         gaps = {"strategy": strategy, "value": fill_value(column, strategy, value)}
         meta = kind.fit_meta(fill(column, gaps["strategy"], gaps["value"]), folder, **options)
-        return cls(config, {**meta, "missing": gaps})
+        found = cls(config, {**meta, "missing": gaps})
+        if isinstance(config, OutputFeature):
+            kind.target(column.iloc[:0], found.meta, folder)  # a single class is no output: say so before training
+        return found
 
     def column(self, data: pd.DataFrame) -> pd.Series:
         """The column of new rows, gaps filled."""
@@ -133,7 +136,7 @@ class Schema:
             def each(o: Tensor, t: Tensor, loss: Any = loss, options: dict[str, Any] = options) -> Tensor:
                 return loss(o, t, **options)
 
-            found[f.name] = masked_mean(each, output[f.name], target[f.name].to(output[f.name].dtype))
+            found[f.name] = masked_mean(each, output[f.name].to(target[f.name].dtype), target[f.name])
         return found
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
