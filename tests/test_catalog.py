@@ -65,7 +65,9 @@ def test_each_part_exists_and_its_docstring_names_a_source(paper, part):
 @pytest.mark.parametrize("paper, fact", FACTS, ids=[f"{p.key}-{fact}" for p, fact in FACTS])
 def test_each_fact_is_a_test_beside_one_of_the_parts(paper, fact):
     modules = {home(part) for part in paper.parts}
-    assert any(f"test_{fact}" in facts_in_twin_of(module) for module in modules), f"test_{fact} is in no twin of {modules}"
+    assert any(f"test_{fact}" in facts_in_twin_of(module) for module in modules), (
+        f"test_{fact} is in no twin of {modules}"
+    )
 
 
 @pytest.mark.parametrize("paper", [p for p in PAPERS.values() if p.claim], ids=lambda p: p.key)

@@ -16,7 +16,9 @@ def loaded_after(code: str) -> set[str]:
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
-@pytest.mark.parametrize("code", ["import pomona", "import pomona.catalog; pomona.catalog.papers()", "import pomona.cli"])
+@pytest.mark.parametrize(
+    "code", ["import pomona", "import pomona.catalog; pomona.catalog.papers()", "import pomona.cli"]
+)
 def test_importing_brings_no_heavy_package(code):
     assert not loaded_after(code) & HEAVY
 

@@ -14,7 +14,16 @@ values = st.one_of(st.booleans(), st.none(), st.integers(), st.floats(allow_nan=
 
 @pytest.mark.parametrize(
     "text, value",
-    [("true", True), ("Off", False), ("none", None), ("3", 3), ("-3", -3), ("3.0", 3.0), ("1e-3", 1e-3), (" kan ", "kan")],
+    [
+        ("true", True),
+        ("Off", False),
+        ("none", None),
+        ("3", 3),
+        ("-3", -3),
+        ("3.0", 3.0),
+        ("1e-3", 1e-3),
+        (" kan ", "kan"),
+    ],
 )
 def test_scalars_read_as_what_they_look_like(text, value):
     assert scalar(text) == value and type(scalar(text)) is type(value)
@@ -71,7 +80,7 @@ def test_a_short_name_is_spelled_out_and_its_options_go_to_its_slot():
         ("mlp gelu", "'gelu' in candidate 'mlp gelu' is not key=value, as in act=gelu or width=64"),
         ("mlp act=", "'act=' in candidate 'mlp act=' is not key=value, as in act=gelu or width=64"),
         ("mlp =gelu", "'=gelu' in candidate 'mlp =gelu' is not key=value, as in act=gelu or width=64"),
-        ("mlp act='gelu", "candidate \"mlp act='gelu\" has an unclosed quote"),
+        ("mlp act='gelu", 'candidate "mlp act=\'gelu" has an unclosed quote'),
         ("mlp act=gelu act=relu", "act is given twice in candidate 'mlp act=gelu act=relu'"),
     ],
 )

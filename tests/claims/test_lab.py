@@ -36,10 +36,18 @@ def test_every_arm_gets_the_same_budget_seeds_and_number_of_trials(monkeypatch):
         return fit(network, task, settings, budget=budget, seed=seed, **more)
 
     monkeypatch.setattr(lab, "fit", watched)
-    compare_arms({"a": Arm(net), "b": Arm(net, Training(patience=3))}, IRIS, [3, 4], budget=BUDGET, settings=grid(lr=[1e-3, 1e-2]))
+    compare_arms(
+        {"a": Arm(net), "b": Arm(net, Training(patience=3))},
+        IRIS,
+        [3, 4],
+        budget=BUDGET,
+        settings=grid(lr=[1e-3, 1e-2]),
+    )
     half = len(runs) // 2
     seeds = [(budget, seed, patience) for budget, seed, _, patience in runs]
-    assert seeds[:half] == seeds[half:] == [(BUDGET, 3 + TUNING_SEED, None)] * 2 + [(BUDGET, 3, None), (BUDGET, 4, None)]
+    assert (
+        seeds[:half] == seeds[half:] == [(BUDGET, 3 + TUNING_SEED, None)] * 2 + [(BUDGET, 3, None), (BUDGET, 4, None)]
+    )
 
 
 def test_settings_are_chosen_on_validation_and_test_is_read_once_a_seed(monkeypatch):
@@ -52,18 +60,25 @@ def test_settings_are_chosen_on_validation_and_test_is_read_once_a_seed(monkeypa
     monkeypatch.setattr(lab, "evaluate", counted)
     flipped = load("iris")
     flipped.splits["test"].y.copy_(2 - flipped.splits["test"].y)  # what is best on validation is worst on test
-    outcome = compare_arms({"a": Arm(net)}, flipped, [0, 1], budget=Budget("epochs", 40), settings=grid(lr=[1e-6, 1e-2]))["a"]
+    outcome = compare_arms(
+        {"a": Arm(net)}, flipped, [0, 1], budget=Budget("epochs", 40), settings=grid(lr=[1e-6, 1e-2])
+    )["a"]
     assert read == ["test", "test"]
     assert outcome.chosen == {"lr": 1e-2} and len(outcome.tuning) == 2 and outcome.tuning[1] > outcome.tuning[0]
 
 
 def test_one_setting_needs_no_tuning_and_results_repeat():
-    arms = {"a": Arm(net, Training(lr=1e-2)), "b": Arm(net, options={"callbacks": lambda seed: [lambda network, step: None]})}
+    arms = {
+        "a": Arm(net, Training(lr=1e-2)),
+        "b": Arm(net, options={"callbacks": lambda seed: [lambda network, step: None]}),
+    }
     first, again = (compare_arms(arms, IRIS, [0, 1], budget=BUDGET) for _ in range(2))
     for name in arms:
         assert first[name].tuning == [] and first[name].results == again[name].results
         assert first[name].values("accuracy") == [r["accuracy"] for r in first[name].results]
-        assert first[name].summary()["parameters"] == first[name].parameters == sum(p.numel() for p in net().parameters())
+        assert (
+            first[name].summary()["parameters"] == first[name].parameters == sum(p.numel() for p in net().parameters())
+        )
 
 
 def test_a_diverged_trial_is_never_chosen():
@@ -79,7 +94,12 @@ def test_a_task_of_each_seed_and_a_score_of_ones_own():
         return IRIS
 
     outcome = compare_arms(
-        {"a": Arm(net)}, task, [7, 8], budget=BUDGET, score=lambda fit, here: {"steps": float(fit.steps)}, keep_fits=True
+        {"a": Arm(net)},
+        task,
+        [7, 8],
+        budget=BUDGET,
+        score=lambda fit, here: {"steps": float(fit.steps)},
+        keep_fits=True,
     )["a"]
     assert asked == [7, 8] and outcome.values("steps") == [float(fit.steps) for fit in outcome.fits]
     assert isinstance(outcome.fits[0].net, nn.Sequential) and outcome.seconds > 0

@@ -15,7 +15,14 @@ NAMES = {"metric": "accuracy", "method_name": "gelu", "baseline_name": "relu", "
 
 @pytest.mark.parametrize(
     "given, seeds",
-    [(None, [0, 1]), (3, [0, 1, 2]), ("3", [0, 1, 2]), ("1000:1003", [1000, 1001, 1002]), ([4, 9], [4, 9]), (range(2), [0, 1])],
+    [
+        (None, [0, 1]),
+        (3, [0, 1, 2]),
+        ("3", [0, 1, 2]),
+        ("1000:1003", [1000, 1001, 1002]),
+        ([4, 9], [4, 9]),
+        (range(2), [0, 1]),
+    ],
 )
 def test_seeds_as_people_give_them(given, seeds):
     assert parse_seeds(given, "smoke") == seeds
@@ -59,17 +66,20 @@ def test_a_claim_becomes_a_verdict_with_all_that_was_run(monkeypatch):
     assert verdict.verdict == "holds" == evidence.decision and verdict.seeds == [5, 6]
     assert verdict.effect == pytest.approx(0.105) and verdict.interval == list(evidence.interval)
     assert verdict.details == {"curve": [1.0, None]}
-    assert verdict.sentence() == (
-        "gelu holds: gelu against relu, +0.105 [+0.04147, +0.1685] in accuracy"
-    )
+    assert verdict.sentence() == ("gelu holds: gelu against relu, +0.105 [+0.04147, +0.1685] in accuracy")
     assert verdict.machine and verdict.date and verdict.seconds >= 0
 
 
 def test_sentences_of_predictions_and_bounds(monkeypatch):
     answer(monkeypatch, Prediction([1.0], [[1.0], [1.1]], **NAMES))
-    assert claim("gelu", "smoke").sentence() == "gelu holds: gelu against relu, worst deviation 1 standard errors of accuracy"
+    assert (
+        claim("gelu", "smoke").sentence()
+        == "gelu holds: gelu against relu, worst deviation 1 standard errors of accuracy"
+    )
     answer(monkeypatch, Bound([1.0], [1.5], **NAMES))
-    assert claim("gelu", "smoke").sentence() == "gelu holds: gelu against relu, smallest room to the bound 0.5 in accuracy"
+    assert (
+        claim("gelu", "smoke").sentence() == "gelu holds: gelu against relu, smallest room to the bound 0.5 in accuracy"
+    )
 
 
 def test_what_is_not_known_is_one_sentence():

@@ -14,7 +14,9 @@ def strict(text: str):
 
 def test_compare_prints_card_table_and_sentences_and_keeps_the_best(pomona, sales, tmp_path):
     report = tmp_path / "report.html"
-    done = pomona("compare", sales, "--target", "churn", "--candidates", "mlp", "mlp act=gelu", *QUICK, "--report", report)
+    done = pomona(
+        "compare", sales, "--target", "churn", "--candidates", "mlp", "mlp act=gelu", *QUICK, "--report", report
+    )
     assert done.code == 0, done.err
     for part in ("churn (classes)", "mlp act=gelu", "gradient boosting", "The best network is", "kept as"):
         assert part in done.out
@@ -31,7 +33,9 @@ def test_compare_as_json_is_only_json(pomona, sales):
 
 
 def test_a_slot_is_swept(pomona, sales):
-    done = pomona("compare", sales, "-t", "churn", "--slot", "act=gelu,tanh", "--backbone", "mlp width=8", *QUICK, "--json")
+    done = pomona(
+        "compare", sales, "-t", "churn", "--slot", "act=gelu,tanh", "--backbone", "mlp width=8", *QUICK, "--json"
+    )
     names = {row["name"] for row in strict(done.out)["rows"] if row["kind"] == "network"}
     assert names == {"mlp act=relu width=8", "mlp act=gelu width=8", "mlp act=tanh width=8"}
 

@@ -115,17 +115,26 @@ SETTINGS = [
     (["--target", "churn", "-c", "kann"], "candidate='kann' is not known; did you mean kan"),
     (["--target", "churn", "-c", "mlp actt=gelu"], "key of mlp 'actt' is not known; did you mean act"),
     (["--target", "churn", "-c", "mlp act=gellu"], "act='gellu' is not known; did you mean gelu"),
-    (["--target", "churn", "-c", "mlp act=leaky_relu:slop=1"], "option of act=leaky_relu 'slop' is not known; choose one of"),
+    (
+        ["--target", "churn", "-c", "mlp act=leaky_relu:slop=1"],
+        "option of act=leaky_relu 'slop' is not known; choose one of",
+    ),
     (["--target", "churn", "-c", "mlp width=wide"], "width='wide' of mlp is not valid"),
     (["--target", "churn", "--slot", "act"], "slot='act' must be written as slot=all or slot=name,name"),
-    (["--target", "churn", "--budget", "2 bananas"], "budget='2 bananas' is not a duration; write it as 90s, 2m or 1h30m"),
+    (
+        ["--target", "churn", "--budget", "2 bananas"],
+        "budget='2 bananas' is not a duration; write it as 90s, 2m or 1h30m",
+    ),
     (["--target", "churn", "--metric", "acuracy"], "metric='acuracy' is not known; did you mean accuracy"),
     (["--target", "churn", "--type", "age"], "type='age' must be written as column=type, such as zip=category"),
     (["--target", "churn", "--type", "age=numbr"], "types['age']='numbr' is not known; did you mean number?"),
     (["--target", "churn", "--drop", "agge"], "drop='agge' is not known; did you mean age?"),
     (["--target", "churn", "--device", "tpu"], "device='tpu' is not available here; use cpu or auto"),
-    (["--target", "churn", "--report", "no/such/report.html"], "report='no/such/report.html': the folder 'no/such' does not exist"),
-]  # fmt: skip
+    (
+        ["--target", "churn", "--report", "no/such/report.html"],
+        "report='no/such/report.html': the folder 'no/such' does not exist",
+    ),
+]
 
 
 @pytest.mark.parametrize("arguments, part", SETTINGS, ids=[" ".join(a[-2:]) for a, _ in SETTINGS])
@@ -137,7 +146,9 @@ def test_settings_that_cannot_be_used(pomona, sales, arguments, part):
 def test_unknown_keys_of_the_catalogue(pomona):
     one_sentence(pomona("show", "kaan"), "key='kaan' is not known; did you mean kan")
     one_sentence(pomona("claim", "no_such_paper_at_all"), "key='no_such_paper_at_all' is not known")
-    one_sentence(pomona("claim", "gelu", "--scale", "huge"), "scale='huge' is not known; choose one of smoke, full, gpu")
+    one_sentence(
+        pomona("claim", "gelu", "--scale", "huge"), "scale='huge' is not known; choose one of smoke, full, gpu"
+    )
     one_sentence(pomona("claim", "gelu", "--seeds", "few"), "seeds='few' must be a number, such as 5, or a range")
     one_sentence(pomona("list", "--family", "layer"), "family='layer' is not known; did you mean layers")
     one_sentence(pomona("list", "--slot", "acts"), "slot='acts' is not known; did you mean act")
@@ -159,7 +170,9 @@ def test_what_is_wrong_with_the_zoo(pomona, sales, tmp_path):
     one_sentence(pomona("predict", id, tmp_path / "no.csv"), "no.csv' is not there")
     short = table(tmp_path / "short.csv", age=[30, 40], plan=["pro", "free"])
     one_sentence(pomona("predict", id, short), "column 'spent' is missing")
-    one_sentence(pomona("predict", id, sales, "-o", tmp_path / "no" / "out.csv"), "out.csv': the folder", "does not exist")
+    one_sentence(
+        pomona("predict", id, sales, "-o", tmp_path / "no" / "out.csv"), "out.csv': the folder", "does not exist"
+    )
     one_sentence(pomona("predict", id, sales, "-o", zoo), "cannot be written")
     one_sentence(pomona("export", id), "name one format, --onnx FILE or --torch FILE")
     one_sentence(pomona("export", id, "--torch", tmp_path / "no" / "net.pt2"), "cannot be written: the folder")
@@ -168,7 +181,9 @@ def test_what_is_wrong_with_the_zoo(pomona, sales, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-3] ^= 1
     weights.write_bytes(data)
-    one_sentence(pomona("predict", id, sales), f"the weights of network {id} are damaged (their SHA-256 is not the one stored)")
+    one_sentence(
+        pomona("predict", id, sales), f"the weights of network {id} are damaged (their SHA-256 is not the one stored)"
+    )
     weights.unlink()
     one_sentence(pomona("predict", id, sales), f"the weights of network {id} are missing")
 
@@ -177,14 +192,18 @@ def test_a_zoo_of_a_newer_version(pomona, sales, tmp_path):
     kept(pomona, sales, tmp_path)
     with sqlite3.connect(tmp_path / "zoo" / "zoo.sqlite") as database:
         database.execute("update meta set value = '999' where key = 'schema'")
-    one_sentence(pomona("zoo", "ls"), "has schema version 999 and this Pomona reads up to version", "install a newer pomona")
+    one_sentence(
+        pomona("zoo", "ls"), "has schema version 999 and this Pomona reads up to version", "install a newer pomona"
+    )
 
 
 def test_a_zoo_that_cannot_be_written(pomona, sales, tmp_path):
     (tmp_path / "file").write_text("")
     run = ["compare", sales, "-t", "churn", "-c", "mlp width=4", *QUICK, "--zoo"]
     one_sentence(pomona(*run, tmp_path / "file"), "is a file; give a folder or a database URL")
-    one_sentence(pomona(*run, tmp_path / "file" / "zoo"), "cannot be written to (Not a directory); choose another folder")
+    one_sentence(
+        pomona(*run, tmp_path / "file" / "zoo"), "cannot be written to (Not a directory); choose another folder"
+    )
 
 
 def test_a_disk_that_is_full_while_saving(pomona, sales, tmp_path, monkeypatch):
@@ -214,6 +233,11 @@ def test_recipes_that_do_not_read(pomona, sales, tmp_path, text, part):
 
 
 def test_wrong_usage_is_the_shells_business_and_exits_with_2(pomona, sales):
-    for arguments in (["compare"], ["no-such-command"], ["compare", sales, "--no-such-option"], ["compare", sales, "--seeds", "x"]):
+    for arguments in (
+        ["compare"],
+        ["no-such-command"],
+        ["compare", sales, "--no-such-option"],
+        ["compare", sales, "--seeds", "x"],
+    ):
         done = pomona(*arguments)
         assert done.code == 2 and "Traceback" not in done.err

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from pomona.errors import PomonaError
 from pomona.nets.encoders import (
     ONE_HOT_LIMIT,
     CodeEmbedding,

@@ -71,7 +71,7 @@ def test_costs_are_measured():
     assert trained.cost["flops"] == 2 * (10 * features + 30)
     assert trained.cost["examples"] == trained.fit.examples and trained.cost["seconds"] > 0
     cost = measure_cost(trained.fit.net, IRIS, 64)
-    assert cost["memory"] >= 4 * trained.cost["parameters"] and 0 < cost["latency_1"] and 0 < cost["latency_256"]
+    assert cost["memory"] >= 4 * trained.cost["parameters"] and cost["latency_1"] > 0 and cost["latency_256"] > 0
     assert not trained.fit.net.training
 
 
@@ -90,5 +90,7 @@ def test_networks_that_cannot_be_restored():
         recipe = Recipe.parse("mlp width=8")
         trained = train_recipe(recipe, IRIS, BUDGET)
         wrong = keep(zoo, Recipe.parse("mlp width=9"), trained)
-        with pytest.raises(PomonaError, match=rf"^the weights of network {wrong} do not fit the network that its recipe"):
+        with pytest.raises(
+            PomonaError, match=rf"^the weights of network {wrong} do not fit the network that its recipe"
+        ):
             restore(zoo, wrong)

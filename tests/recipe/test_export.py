@@ -75,7 +75,9 @@ def test_a_tampered_export_is_refused_and_nothing_is_kept(networks, tmp_path, mo
     other = torch.export.export(network.recipe.build(_sizes(network), seed=1).eval(), (x,))
     save = torch.export.save
     monkeypatch.setattr(torch.export, "save", lambda program, file: save(other, file))
-    with pytest.raises(PomonaError, match=r"^the exported network differs from the original by .*, so it was not kept$"):
+    with pytest.raises(
+        PomonaError, match=r"^the exported network differs from the original by .*, so it was not kept$"
+    ):
         export_torch(network, path)
     assert path.read_bytes() == b"an older export" and [p.name for p in tmp_path.iterdir()] == ["net.pt2"]
 

@@ -88,7 +88,10 @@ def test_init_changes_the_weights_and_nothing_else():
         ("mlpp", "candidate='mlpp' is not known; did you mean mlp"),
         ("mlp wdth=3", "key of mlp 'wdth' is not known; did you mean width"),
         ("mlp act=gelo", "act='gelo' is not known; did you mean "),
-        ("mlp act=leaky_relu:negative_slop=1", "option of act=leaky_relu 'negative_slop' is not known; did you mean negative_slope"),
+        (
+            "mlp act=leaky_relu:negative_slop=1",
+            "option of act=leaky_relu 'negative_slop' is not known; did you mean negative_slope",
+        ),
         ("mlp width=x", "width='x' of mlp is not valid: "),
         ("mlp lr=0", "lr=0 is not valid: input should be greater than 0"),
         ("mlp lr=fast", "lr='fast' is not valid: "),

@@ -52,7 +52,11 @@ def studies(tmp_path_factory):
     frame = pd.DataFrame({"NaN <b>": rng.normal(size=90), "other": rng.normal(size=90)})
     frame["class"] = np.where(frame["NaN <b>"] > 0, "</script><script>alert(1)</script>", "b & c")
     zoo = str(tmp_path_factory.mktemp("zoo"))
-    candidates = {"NaN </script>": "mlp width=8", "lost": "mlp act=square depth=6 lr=1e9 optimizer=sgd clip=none", "b": "mlp depth=0"}
+    candidates = {
+        "NaN </script>": "mlp width=8",
+        "lost": "mlp act=square depth=6 lr=1e9 optimizer=sgd clip=none",
+        "b": "mlp depth=0",
+    }
     settings = {"seeds": 2, "trials": 0, "epochs": 3, "zoo": zoo}
     return {
         "classes": compare(load(frame, "class", name="<i>odd</i>"), candidates=candidates, **settings),
@@ -96,7 +100,7 @@ def test_names_in_the_data_do_not_become_part_of_the_page(pages, studies):
 
 
 def test_failures_and_sentences_are_on_the_page(pages, studies):
-    assert 'class="failed"' in pages["classes"] and "diverged: 2 of 2 seeds" in pages["classes"] or "diverged:" in pages["classes"]
+    assert 'class="failed"' in pages["classes"] and "diverged: the loss became" in pages["classes"]
     assert 'class="failed"' not in pages["numbers"]
     for name in ("ridge", "mlp depth=0", "memory", "chosen on validation"):
         assert name in pages["numbers"]
@@ -114,22 +118,23 @@ def test_a_report_is_written_whole_or_not_at_all(studies, tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
 def test_a_browser_draws_every_chart_without_an_error_or_a_request(pages, kind, tmp_path):
+    """Chromium reports on its console whatever this policy stops: everything that is not in the file itself."""
+    policy = (
+        "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
+    )
+    guarded = pages[kind].replace("<head>", f'<head><meta http-equiv="Content-Security-Policy" content="{policy}">', 1)
     path = tmp_path / "report.html"
-    path.write_text(pages[kind], encoding="utf-8")
-    log = tmp_path / "network.json"
+    path.write_text(guarded, encoding="utf-8")
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--enable-logging=stderr", "--v=0",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--v=0",
         "--virtual-time-budget=8000", "--dump-dom", path.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not console, console
-    charts = re.findall(r'<div class="chart[^"]*" id="(chart-\w+)".*?(?=<div class="chart|<h2>Data card|<h2>Recipes)', done.stdout, re.S)
-    assert len(charts) == 5
-    parts = re.split(r'id="chart-', done.stdout)[1:]
-    assert len(parts) >= 5 and all("main-svg" in part for part in parts[:5])
-    asked = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text(encoding="utf-8", errors="replace")))
-    assert not asked, asked
+    charts = re.split(r'id="chart-', done.stdout.split("<h2>Recipes")[0])[1:]
+    assert len(charts) == 5 and all("main-svg" in chart for chart in charts)

@@ -90,7 +90,7 @@ def test_a_candidate_that_raises_and_one_that_diverges_are_rows_and_the_rest_go_
     assert raised.status == "error" and "no_such_attribute" in raised.note and "\n" not in raised.note
     assert lost.status == "diverged" and "infinite or undefined" in lost.note
     assert fine.status == "ok" and len(fine.values) == 2
-    assert [row.name for row in done.rows][0] == "mlp width=8" and done.best_record.candidate == "mlp width=8"
+    assert next(row.name for row in done.rows) == "mlp width=8" and done.best_record.candidate == "mlp width=8"
     assert len(done.table()) == 3
     json.dumps(done.to_json(), allow_nan=False)
 
@@ -134,7 +134,7 @@ def test_the_best_network_is_chosen_on_validation_and_not_on_test(study):
         record.metrics["valid"]["accuracy"], record.metrics["test"]["accuracy"] = 0.10, 0.99
     shifted.rows = shifted._rows()
     assert shifted.best_record.candidate == "mlp width=16"
-    assert [row.name for row in shifted.rows if row.kind == "network"][0] == "mlp width=8 act=gelu"
+    assert next(row.name for row in shifted.rows if row.kind == "network") == "mlp width=8 act=gelu"
 
 
 def test_the_best_network_predicts_as_it_was_judged(study):
@@ -198,7 +198,12 @@ def test_a_wall_clock_is_kept_within_a_quarter():
 def test_progress_is_told_before_each_training():
     told = []
     compare(IRIS, candidates=["mlp width=8"], progress=told.append, **SMALL)
-    assert [(now.done, now.total, now.phase) for now in told] == [(0, 4, "tune"), (1, 4, "tune"), (2, 4, "seed"), (3, 4, "seed")]
+    assert [(now.done, now.total, now.phase) for now in told] == [
+        (0, 4, "tune"),
+        (1, 4, "tune"),
+        (2, 4, "seed"),
+        (3, 4, "seed"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +218,10 @@ def test_progress_is_told_before_each_training():
         ({"seeds": [1.5]}, "seeds=[1.5] must hold whole numbers, not 1.5"),
         ({"trials": -1}, "trials=-1 must be a whole number, 0 or more"),
         ({"budget": "2 bananas"}, "budget='2 bananas' is not a duration; write it as 90s, 2m or 1h30m"),
-        ({"budget": "2m", "epochs": 3}, "give one budget, not budget and epochs; budget is the wall-clock of the whole study"),
+        (
+            {"budget": "2m", "epochs": 3},
+            "give one budget, not budget and epochs; budget is the wall-clock of the whole study",
+        ),
         ({"epochs": 0}, "epochs=0 must be a number above 0"),
         ({"reference": "kan"}, "reference='kan' is not known; "),
         ({"match": "parms"}, "match='parms' is not known; did you mean params?"),
@@ -258,7 +266,11 @@ def test_settings_that_a_recipe_fixes_are_not_tuned():
 
 
 def test_a_sweep_makes_a_candidate_of_each_name_the_backbones_own_first():
-    assert sweep("act=gelu,tanh", "mlp width=8") == ["mlp act=relu width=8", "mlp act=gelu width=8", "mlp act=tanh width=8"]
+    assert sweep("act=gelu,tanh", "mlp width=8") == [
+        "mlp act=relu width=8",
+        "mlp act=gelu width=8",
+        "mlp act=tanh width=8",
+    ]
     assert len(sweep("norm=all")) == len(catalog.slots()["norm"])
     for text, message in [
         ("act", r"slot='act' must be written as slot=all or slot=name,name"),

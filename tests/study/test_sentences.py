@@ -22,11 +22,17 @@ def test_amounts_as_people_say_them():
 
 def test_a_clear_winner():
     said = conclude([row("kan", GOOD), row("mlp", BAD)], "accuracy", True, "mlp")
-    assert said == ["The best network is kan with accuracy 90.9%, better than mlp by 20.1 points (95% sure over 4 seeds)."]
+    assert said == [
+        "The best network is kan with accuracy 90.9%, better than mlp by 20.1 points (95% sure over 4 seeds)."
+    ]
 
 
 def test_what_cannot_be_told_apart_is_not_called_better_and_the_cheap_one_is_named():
-    rows = [row("kan", GOOD, seconds=9.0, parameters=50), row("mlp", FAIR, seconds=2.0, parameters=70), row("poor", BAD)]
+    rows = [
+        row("kan", GOOD, seconds=9.0, parameters=50),
+        row("mlp", FAIR, seconds=2.0, parameters=70),
+        row("poor", BAD),
+    ]
     said = conclude(rows, "accuracy", True, "mlp")
     assert said[0].startswith("The best network is kan with accuracy 90.9%, better than poor by")
     assert said[1] == "kan and mlp cannot be told apart here (means within 0.0 points)."
@@ -42,7 +48,10 @@ def test_one_seed_says_nothing_is_sure():
     "classical, sentence",
     [
         ([0.99, 0.99, 0.98, 0.99], "A classical model beats every network: trees, 98.8%, by 7.9 points."),
-        ([0.80, 0.80, 0.81, 0.80], "The best classical model (trees, 80.2%) is behind the best network by 10.6 points."),
+        (
+            [0.80, 0.80, 0.81, 0.80],
+            "The best classical model (trees, 80.2%) is behind the best network by 10.6 points.",
+        ),
         (FAIR, "The best classical model (trees, 90.9%) and the best network cannot be told apart."),
     ],
 )
@@ -58,5 +67,7 @@ def test_lower_may_be_better():
 
 def test_failures_are_left_out_and_nothing_finished_is_said():
     lost = row("lost", [], status="diverged")
-    assert conclude([row("kan", GOOD), lost], "accuracy", True, "kan") == ["The best network is kan with accuracy 90.9%."]
+    assert conclude([row("kan", GOOD), lost], "accuracy", True, "kan") == [
+        "The best network is kan with accuracy 90.9%."
+    ]
     assert conclude([lost], "accuracy", True, "lost") == ["No network finished, so nothing can be compared."]

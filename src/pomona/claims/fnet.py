@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,12 +20,12 @@ from pomona.nn.fnet import ENCODER_MIXERS, FNet, FNetBlock
 SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"steps": 4, "length": 16, "dim": 16, "layers": 2, "windows": 16, "rates": [3e-3], "time": (16, 32)},
     "full": {
-        "steps": 500,
+        "steps": 1500,
         "length": 32,
         "dim": 48,
         "layers": 2,
         "windows": 512,
-        "rates": [5e-3, 2e-3],
+        "rates": [1e-2, 5e-3],
         "time": (256, 1024),
     },
     "gpu": {
@@ -46,17 +47,24 @@ def fnet(scale: Scale, seeds: Sequence[int]) -> Comparison:
     """Claimed: FNet reaches more than 92% of attention's accuracy at naming masked characters.
 
     Encoders of the same size, King James Bible, 15% of the characters hidden, equal steps, the learning rate of
-    each chosen on validation. In the details: the last block with attention, learned and random matrices, and no
-    mixing (claimed: in this order, after attention); and training steps a second at two lengths (claimed: FNet is
+    each chosen on validation. Norms stand before the branches and weights start at 1 / sqrt(D), without which
+    attention learns nothing here. In the details, with attention's learning rate: the last block with attention,
+    learned and random matrices, and no mixing (claimed: in this order, after attention; the last below the mark,
+    without which the task would tell nothing); and training steps a second at two lengths (claimed: FNet is
     at least 1.3 times as fast at the shorter).
     """
     sizes, text = SIZES[scale], _text()
     results: dict[str, dict[str, Any]] = {}
     for name, (mixer, hybrid) in {"attention": ("attention", 0), "fnet": ("fourier", 0), **OTHERS}.items():
-        rates, own = sizes["rates"], seeds[:1] if name in OTHERS else seeds
         options = {"mixer": mixer, "hybrid": hybrid}
-        tried = [train_masked(text, sizes, options, lr, seeds[0] + TUNING_SEED)["valid"] for lr in rates]
-        lr = rates[max(range(len(rates)), key=tried.__getitem__)]
+        if name in OTHERS:
+            own, rates = seeds[:1], [results["attention"]["lr"]]
+        else:
+            own, rates = seeds, sizes["rates"]
+        tried = [
+            train_masked(text, sizes, options, lr, seeds[0] + TUNING_SEED)["valid"] for lr in rates if len(rates) > 1
+        ]
+        lr = rates[int(np.argmax(tried))] if tried else rates[0]
         runs = [train_masked(text, sizes, options, lr, seed)["test"] for seed in own]
         results[name] = {"lr": lr, "accuracy": sum(runs) / len(runs), "runs": runs}
         log.info("%s: %s", name, results[name])
@@ -72,7 +80,12 @@ def fnet(scale: Scale, seeds: Sequence[int]) -> Comparison:
         baseline_name=f"{SHARE:.0%} of the accuracy of the same network with attention",
         paper="92 % of BERT-Base's accuracy on GLUE, training about 80 % faster on GPUs at 512 tokens",
         note="Small character models, trained briefly.",
-        details={"encoders": results, "steps a second": speed, "speed of FNet over attention": ratio},
+        details={
+            "no mixing is below the mark": results["none"]["accuracy"] < SHARE * results["attention"]["accuracy"],
+            "encoders": results,
+            "steps a second": speed,
+            "speed of FNet over attention": ratio,
+        },
     )
 
 
@@ -95,9 +108,12 @@ def train_masked(
 ) -> dict[str, float]:
     """Train an encoder on masked characters: accuracy at them on validation and test, the same windows for all."""
     length, dim, mask = sizes["length"], sizes["dim"], len(text.vocabulary)
-    net = seeded(lambda: FNet(mask + 1, dim, sizes["layers"], length, hidden=2 * dim, **options), seed)
+    net = seeded(
+        lambda: FNet(mask + 1, dim, sizes["layers"], length, hidden=2 * dim, norm="pre", init_std=dim**-0.5, **options),
+        seed,
+    )
     assert isinstance(net, FNet)
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=sizes["steps"] + 1, pct_start=0.1)
     generator, ids = torch.Generator().manual_seed(seed), text.split("train")
     for _ in range(sizes["steps"]):

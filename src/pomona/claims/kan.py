@@ -25,7 +25,7 @@ SIZES: dict[Scale, dict[str, Any]] = {
     "full": {
         "points": 1000,
         "grids": (3, 5, 10, 20, 45, 95),
-        "steps": 12,
+        "steps": 10,
         "starts": 2,
         "noises": [0.1, 0.3, 0.5],
         "depths": [2, 3, 4],

@@ -185,11 +185,11 @@ def ludwig(scale: Scale, seeds: Sequence[int]) -> Comparison:
     """Claimed: on at least 6 of 8 data sets a declaration is within 2 points of a pipeline made by hand, or better.
 
     Points are of accuracy for classes and of R2 for numbers, averaged over outputs where there are several.
-    Data: iris, diabetes, digits as images, JapaneseVowels as series, Phishing, australian, verses to their book, and wine with three
-    outputs and gaps. Baselines: logistic or ridge regression on numbers, pixels, moments of series and TF-IDF, and
-    gradient-boosted trees on the mixed tables. Both have the same rows and two settings, chosen on validation, and are
-    tested once. In the details: lines of each declaration, seconds of both, and how joint training of the three outputs
-    compares with three separate networks (claimed: within 1 point).
+    Data: iris, diabetes, digits as images, JapaneseVowels as series, Phishing, australian, verses to their book, and
+    wine with three outputs and gaps. Baselines: logistic or ridge regression on numbers, pixels, moments of series and
+    TF-IDF, and gradient-boosted trees on the mixed tables. Both have the same rows and two settings, chosen on
+    validation, and are tested once. In the details: lines of each declaration, seconds of both, and how joint training
+    of the three outputs compares with three separate networks (claimed: within 1 point).
     """
     sizes = SIZES[scale]
     names = sizes["sets"] or tuple(PROBLEMS)

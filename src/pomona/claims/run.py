@@ -194,7 +194,8 @@ def read_ledger(path: Path = LEDGER) -> list[dict[str, Any]]:
 
 def write_ledger(verdict: Verdict, path: Path = LEDGER) -> None:
     """Put a verdict in place of the key's earlier one at the same scale; a note written by hand is kept while the
-    verdict stands."""
+    verdict stands.
+    """
     entries = read_ledger(path)
     entry = plain(asdict(verdict))
     for old in entries:

@@ -80,6 +80,9 @@ def compare(
     metric: Annotated[
         str, typer.Option(help="Rank by accuracy, balanced_accuracy, macro_f1, log_loss, auroc, ece; rmse, mae, r2.")
     ] = "",
+    references: Annotated[
+        bool, typer.Option("--references/--no-references", help="Whether classical models run too.")
+    ] = True,
     group: Annotated[str | None, typer.Option(help="Column whose groups stay on one side of a split.")] = None,
     time: Annotated[str | None, typer.Option(help="Column by which the latest rows are the test split.")] = None,
     test: Annotated[str | None, typer.Option(help="A file that is the test split.")] = None,
@@ -119,7 +122,7 @@ def compare(
         task,
         candidates=chosen or DEFAULT_CANDIDATES,
         seeds=seeds, trials=trials, budget=budget, epochs=epochs, examples=examples, seconds=seconds, flops=flops,
-        reference=reference, match=match, device=device, zoo=zoo, resume=resume,  # type: ignore[arg-type]
+        reference=reference, match=match, references=references, device=device, zoo=zoo, resume=resume,  # type: ignore[arg-type]
         progress=not as_json and sys.stderr.isatty(),
     )  # fmt: skip
     if as_json:

@@ -132,7 +132,13 @@ def match_width(
         """The first width at or above that can be built."""
         return next((w for w in range(width, min(width + 64, highest) + 1) if count(w) is not None), None)
 
-    low, high = lowest, highest
+    low = high = lowest
+    while high < highest:  # doubling first, so that no network far larger than asked for is made
+        high = min(2 * high, highest)
+        usable = probe(high)
+        if usable is None or counts[usable] > target:
+            break
+        low = usable
     while high - low > 1:
         middle = (low + high) // 2
         usable = probe(middle)

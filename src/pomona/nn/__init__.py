@@ -44,6 +44,12 @@ from pomona.nn.activation_table import (
 from pomona.nn.algebra import (
     algebra,
 )
+from pomona.nn.basis import (
+    BSpline,
+    Chebyshev,
+    Fourier,
+    GaussianRBF,
+)
 from pomona.nn.bilinear import (
     GLUMLP,
     Bilinear,
@@ -51,6 +57,13 @@ from pomona.nn.bilinear import (
 )
 from pomona.nn.feedforward import (
     FeedForward,
+)
+from pomona.nn.fnet import (
+    DCTMixer,
+    FNet,
+    FNetBlock,
+    FourierMixer,
+    HartleyMixer,
 )
 from pomona.nn.gain import (
     derivative_second_moment,
@@ -62,6 +75,29 @@ from pomona.nn.init import (
     deep_plain,
     init_,
     signal_report,
+)
+from pomona.nn.kan import (
+    KANLayer,
+)
+from pomona.nn.kan_net import (
+    KAN,
+)
+from pomona.nn.mixing import (
+    AttentionMixer,
+    ConvMixer1d,
+    GatingMixer,
+    LinearTokenMixer,
+    MixerBlock,
+    MixerNet,
+    MLPTokenMixer,
+    NoMix,
+    PoolMixer,
+    TokenMixer,
+)
+from pomona.nn.mlp_mixer import (
+    MixerLayer,
+    MLPMixer,
+    resize_tokens,
 )
 from pomona.nn.norm import (
     BatchNorm,
@@ -128,34 +164,55 @@ from pomona.nn.structured import (
 __all__ = [
     "ACTIVATIONS",
     "Add",
+    "AttentionMixer",
+    "BSpline",
     "BatchNorm",
     "Bilinear",
     "BilinearNet",
     "CELU",
     "CReLU",
+    "Chebyshev",
+    "ConvMixer1d",
+    "DCTMixer",
     "DyT",
     "ELU",
+    "FNet",
+    "FNetBlock",
     "FeedForward",
     "FixupBranch",
+    "Fourier",
+    "FourierMixer",
     "GCU",
     "GEGLU",
     "GELU",
     "GLU",
     "GLUMLP",
     "GatedPool2d",
+    "GatingMixer",
+    "GaussianRBF",
     "GeMPool2d",
     "GroupNorm",
     "Hardswish",
+    "HartleyMixer",
     "Identity",
     "InstanceNorm",
+    "KAN",
+    "KANLayer",
     "LayerNorm",
     "LeakyReLU",
+    "LinearTokenMixer",
     "LowRankLinear",
     "LpPool2d",
+    "MLPMixer",
+    "MLPTokenMixer",
     "Maxout",
     "MetaActivation",
     "Mish",
     "MixedPool2d",
+    "MixerBlock",
+    "MixerLayer",
+    "MixerNet",
+    "NoMix",
     "Norm",
     "PHMAttention",
     "PHMLSTMCell",
@@ -163,6 +220,7 @@ __all__ = [
     "PReLU",
     "Polynomial",
     "Pool2d",
+    "PoolMixer",
     "PowerPool2d",
     "QuadActivation",
     "QuadraticConv2d",
@@ -193,6 +251,7 @@ __all__ = [
     "SwiGLU",
     "Swish",
     "Tanh",
+    "TokenMixer",
     "TreePool2d",
     "WeightNorm",
     "absorb",
@@ -214,6 +273,7 @@ __all__ = [
     "phm_transformer",
     "quadratize",
     "replace_pooling",
+    "resize_tokens",
     "second_moment",
     "signal_report",
     "swap_activation",

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from pomona.errors import PomonaError, check_positive, unknown
 
 
+MARGIN = 0.01
+"""How far the outermost grid intervals reach beyond the samples, in their range: unseen inputs lie a little further out."""
+
+
 class Basis(nn.Module):
     """``size`` pieces of the interval ``[low, high]``, and functions that stand on them.
 
@@ -62,7 +66,7 @@ class Basis(nn.Module):
 
     @torch.no_grad()
     def refit(self, x: Tensor) -> None:
-        """Move the grid to the samples: edges = eps * uniform + (1 - eps) * quantiles.
+        """Move the grid to the samples: edges = eps * uniform + (1 - eps) * quantiles, the outermost ones 1% further out.
 
         Args:
             x: (samples, features), at least one sample.
@@ -82,6 +86,8 @@ class Basis(nn.Module):
         wide = x[-1] - x[0] > 2e-3
         eps = torch.where(wide, self.grid_eps, 1.0)
         self.edges.copy_((eps * uniform + (1 - eps) * quantiles).T)
+        self.edges[:, 0] -= 2 * MARGIN * half
+        self.edges[:, -1] += 2 * MARGIN * half
         self.place_()
 
     def points(self, per_interval: int = 5) -> Tensor:

@@ -244,6 +244,7 @@ class FNet(nn.Module):
         norm: post or pre.
         pad: id of the padding word, whose embedding stays zero and which is hidden from the mixers; none by default.
         dropout: probability on the embeddings and in the feed-forward parts.
+        init_std: standard deviation of all weights at the start; narrow networks train faster from about 1 / sqrt(D).
 
     Shape:
         ids (B, N), types (B, N) or None -> (B, N, D)
@@ -265,6 +266,7 @@ class FNet(nn.Module):
         norm: Literal["pre", "post"] = "post",
         pad: int | None = None,
         dropout: float = 0.0,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         check_positive(vocab=vocab, dim=dim, layers=layers, max_len=max_len, types=types)
@@ -290,7 +292,7 @@ class FNet(nn.Module):
         self.next_sentence = nn.Linear(dim, 2)
         for module in self.modules():
             if isinstance(module, (nn.Embedding, nn.Linear)):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=init_std)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         if pad is not None:

@@ -49,7 +49,8 @@ class Reference:
 
 def features(task: Task) -> dict[str, np.ndarray]:
     """Each split as a plain matrix: categories one-hot (codes beyond a limit stay codes), text as token counts, the
-    rest flat."""
+    rest flat.
+    """
     if task.inputs.kind != "table" or not task.inputs.columns:
         return {name: split.x.reshape(len(split), -1).numpy().astype(np.float64) for name, split in task.splits.items()}
     out: dict[str, list[np.ndarray]] = {name: [] for name in task.splits}
@@ -121,9 +122,9 @@ def run_references(task: Task, seeds: list[int], *, trials: int = 4, seconds: fl
         for make in makers:
             try:
                 model = make().fit(data["train"], y["train"])
+                score = judge(model, data, "valid")
             except ValueError as error:  # such as a training split of one class
                 return Reference.failed(name, error)
-            score = judge(model, data, "valid")
             if best is None or signed(score) > signed(best[1]):
                 best = (model, score)
             if time.perf_counter() - start > seconds:
@@ -139,10 +140,10 @@ def run_references(task: Task, seeds: list[int], *, trials: int = 4, seconds: fl
             model = make(seed)
             try:
                 cut |= _grow(model, x["train"], y["train"], field, most, chunk, start + seconds * (i + 1) / len(seeds))
+                valid.append(judge(model, x, "valid"))
+                test.append(judge(model, x, "test"))
             except ValueError as error:
                 return Reference.failed(name, error)
-            valid.append(judge(model, x, "valid"))
-            test.append(judge(model, x, "test"))
         return Reference(name, valid, test, time.perf_counter() - start, "stopped at its time limit" if cut else "")
 
     strengths = [1.0, 0.01, 0.1, 10.0, 100.0, 0.001][: max(1, trials)]

@@ -170,7 +170,9 @@ class Study:
             line |= {name: value for name, value in row.metrics.items() if name not in {self.metric}}
             line |= {"status": row.status, "note": row.note}
             lines.append(line)
-        return pd.DataFrame(lines).set_index("name")
+        frame = pd.DataFrame(lines).set_index("name")
+        last = ["status", "note"]  # classical models lack some metrics, whose columns would come after these
+        return frame[[*(column for column in frame if column not in last), *last]]
 
     @property
     def sentences(self) -> list[str]:
@@ -180,7 +182,8 @@ class Study:
     @property
     def curves(self) -> pd.DataFrame:
         """Learning curves of the final trainings: name, seed, step, examples, seconds, train_loss, valid_loss, the
-        metric."""
+        metric.
+        """
         frames = [
             pd.DataFrame(record.curve).assign(name=label, seed=record.seed)
             for label, records in self.records.items()

@@ -1,5 +1,6 @@
 """Running a study unit by unit: every finished training is in the zoo before the next begins, so that a killed run
-resumes."""
+resumes.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ class Runner:
 
     def unit(self, label: str, recipe: Recipe, phase: str, index: int, seed: int) -> float:
         """One training, from the zoo if it is there; returns its validation score, larger is better, -inf for a
-        failure."""
+        failure.
+        """
         record = self.done.get((label, phase, index))
         if record is None:
             if self.report is not None:

@@ -16,9 +16,8 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, level: float = 0.95
 
     With n values the plain percentile interval is too narrow by sqrt((n-1)/n) and by the normal's quantile standing
     where Student's should. The levels are therefore moved to Phi(+-sqrt(n/(n-1)) t_{n-1}) (the expanded percentile
-    interval). No resample leaves the range of the values, which covers the mean with probability 1 - 2^(1-n): at 95%
-    and fewer than five values that is too little (75% of three), so these get Student's interval, mean +- t s /
-    sqrt(n).
+    interval). No resample leaves the range of the values, which covers the mean with probability 1 - 2^(1-n): that is
+    short of 95% for fewer than six values (75% of three), so these get Student's interval, mean +- t s / sqrt(n).
 
     Source: What Teachers Should Know about the Bootstrap, arXiv 1411.5279.
 
@@ -31,7 +30,7 @@ def bootstrap_interval(values: Sequence[float] | np.ndarray, level: float = 0.95
     if data.size == 1:
         return float(data[0]), float(data[0])
     n = data.size
-    if n < 5:
+    if n < 6:
         half = stats.t.ppf((1 + level) / 2, n - 1) * data.std(ddof=1) / np.sqrt(n)
         return float(data.mean() - half), float(data.mean() + half)
     index = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))

@@ -244,6 +244,9 @@ def test_bad_data_are_named(fitted, tmp_path):
         fitted.predict(wrong)
     with pytest.raises(PomonaError, match=r"has no config\.json; give one that pomona fit wrote"):
         Fitted.load(tmp_path)
+    config = {
+        "input_features": [{"name": "a", "type": "number"}],
+        "output_features": [{"name": "c", "type": "category"}],
+    }
     with pytest.raises(PomonaError, match="output 'c' needs at least two classes"):
-        fit({"input_features": [{"name": "a", "type": "number"}], "output_features": [{"name": "c", "type": "category"}]},
-            table().assign(c="same"))  # fmt: skip
+        fit(config, table().assign(c="same"))

@@ -191,7 +191,9 @@ def _mapping(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         try:
             source = yaml.safe_load(source)
         except yaml.YAMLError as error:
-            raise PomonaError("the config is not YAML; see the line and column above") from error
+            mark = getattr(error, "problem_mark", None)
+            at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise PomonaError(f"the config is not YAML{at}") from error
     if not isinstance(source, Mapping):
         raise PomonaError(f"a config is a mapping, YAML text or a YAML file, not {type(source).__name__}")
     return dict(source)

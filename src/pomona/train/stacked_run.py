@@ -1,0 +1,321 @@
+"""Training in progress of a stack of networks: the loop of :mod:`pomona.train.loop`, for many members at once."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pomona import options
+from pomona.data.task import Task
+from pomona.train.budget import Budget
+from pomona.train.loop import Fit, _full, _Run
+from pomona.train.rule import Tensors, split_tensors
+from pomona.train.stacked_data import Orders, gather, scores
+from pomona.train.stacked_optim import Clipping, FlatOptimizer, Layout
+from pomona.train.stacked_step import StepMaker, Stepped, trace
+
+if TYPE_CHECKING:
+    from pomona.train.population import Member
+
+WORTH_TRACING = 150
+"""Steps from which on the traced step repays its making."""
+
+ROWS = 16_384
+"""Rows of all members together in one pass over the validation split."""
+
+
+class Stack:
+    """Members of one structure that take their steps together.
+
+    Args:
+        members: what to train.
+        task: on what.
+        budget: for members without their own.
+        validations, keep, on_validation: as in :func:`pomona.train.population.fit_population`.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        task: Task,
+        budget: Budget,
+        validations: int = 0,
+        keep: Literal["best", "last"] = "best",
+        on_validation: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
+        self.runs: list[_Run] = []
+        for member in members:
+            run = _Run(member.net, task, member.training, member.budget or budget, member.seed, None, None, [])
+            if not self.runs:  # the data are placed and converted once
+                task = copy.copy(task)
+                task.splits = {"train": run.train, "valid": run.valid}
+            self.runs.append(run)
+        first = self.runs[0]
+        self.task, self.keep, self.on_validation = task, keep, on_validation
+        self.train, self.valid, self.device = first.train, first.valid, first.device
+        self.ids = list(range(len(members)))  # row of the stack -> member
+        self.active = [True] * len(members)
+
+        template = copy.deepcopy(first.net).train()  # layers may leave traced tensors on themselves
+        rule = options.make("rule", first.training.rule)
+        rule.init(template, first.loss, (self.train.x[:2], self.train.y[:2]))
+        self.maker = StepMaker(template, rule, first.loss, first.autocast)
+
+        split = [split_tensors(run.net) for run in self.runs]
+        own = {name: torch.stack([params[name] for params, _ in split]) for name in split[0][0]}
+        self.buffers = {name: torch.stack([buffers[name] for _, buffers in split]) for name in split[0][1]}
+        self.state: Tensors = {
+            name: torch.stack([run.state[name].detach() for run in self.runs]) for name in first.state
+        }
+        trained = {name for name, p in first.net.named_parameters() if p.requires_grad}
+        learned = [name for name in self._learned(own, trained) if name in trained]
+        self.fixed = {name: value for name, value in own.items() if name not in learned}
+        self.layout = Layout([run.net for run in self.runs], [run.training for run in self.runs], learned)
+        self.flat = torch.empty(len(members), self.layout.size, device=self.device, dtype=_float(own))
+        for name, view in self.layout.views(self.flat).items():
+            view.copy_(own[name])
+
+        self._budgets(members, validations)
+        trainings = [run.training for run in self.runs]
+        self.optimizer = FlatOptimizer(
+            trainings[0].optimizer, self.flat, self.layout, [training.momentum for training in trainings]
+        )
+        self.clip = Clipping([training.clip for training in trainings], self.flat)
+        self.orders = Orders(
+            len(self.train), first.training.batch_size, [member.seed for member in members], self.device
+        )
+        self.generators = [torch.Generator(self.device).manual_seed(member.seed) for member in members]
+        self.results = [Fit(run.net, rule=run.rule) for run in self.runs]
+        self.best_score, self.stale = [math.inf] * len(members), [0] * len(members)
+        self.params = self.layout.views(self.flat)
+        self.best = [t.clone() for t in self._kept()]
+        self.draws = self._draws()
+        self.running = torch.zeros(len(members), device=self.device)
+        self.since = [0] * len(members)
+        self.trace_seconds = 0.0
+        self._bind()
+
+    # -- making ------------------------------------------------------------------------------------------------------
+
+    def _learned(self, own: Tensors, trained: set[str]) -> list[str]:
+        """Names of the parameters that the rule gives gradients, found by a step of one member on two examples."""
+        one = ({name: value[:1] for name, value in part.items()} for part in (own, self.buffers, self.state))
+        params, buffers, state = one
+        x, y = self.train.x[:2], self.train.y[:2]
+        noise = self.maker.rule_noise(x).unsqueeze(0)
+        self.dry_draws = self.maker.record(*({k: v[0] for k, v in p.items()} for p in (params, buffers, state)), (x, y))
+        draws = [torch.rand(1, *draw.shape, dtype=draw.dtype, device=self.device) for draw in self.dry_draws]
+        stepped = self.maker.step(shared=True)(params, buffers, state, x, y, noise, draws)
+        return [name for name in own if name in stepped.grads]
+
+    def _draws(self) -> list[Any]:
+        """What a step draws at the real batch size."""
+        if not self.dry_draws:
+            return []
+        size = self.orders.size
+        parts = ({**self.params, **self.fixed}, self.buffers, self.state)
+        one = ({k: v[0] for k, v in part.items()} for part in parts)
+        return self.maker.record(*one, (self.train.x[:size], self.train.y[:size]))
+
+    def _budgets(self, members: Sequence[Member], validations: int) -> None:
+        """Steps, validation intervals and learning rates of every member."""
+        count = len(self.train)
+        size = min(self.runs[0].training.batch_size, count)
+        per_epoch = max(1, count // size)
+        self.totals = [
+            run.budget.steps(count, size, member.flops_per_example)
+            for run, member in zip(self.runs, members, strict=True)
+        ]
+        self.every = [run._interval(total, per_epoch, validations) for run, total in zip(self.runs, self.totals)]
+        factors: dict[Any, list[float]] = {}
+        longest = max(self.totals)
+        rates = torch.empty(longest, len(members), 1, dtype=torch.float64)
+        for i, (run, total) in enumerate(zip(self.runs, self.totals, strict=True)):
+            key = (run.training.schedule, run.training.warmup, total)
+            if key not in factors:
+                factors[key] = [run.schedule(min(1.0, step / total), step) for step in range(total)]
+            row = torch.tensor(factors[key], dtype=torch.float64) * run.training.lr
+            rates[:total, i, 0] = row
+            rates[total:, i, 0] = 0.0
+        self.rates = rates.to(self.device, self.flat.dtype)
+
+    def _bind(self) -> None:
+        """Views and working buffers for the members that are in the stack now."""
+        self.params = self.layout.views(self.flat)
+        self.grad = torch.zeros_like(self.flat)
+        self.rows = [self.layout.views(row) for row in self.grad]
+        self.live = self.maker.step(self.orders.shared)
+        self.graph: Callable[..., Any] | None = None
+        self.project = self.maker.project() if self.maker.hooked else None
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def gradients(self, x: Tensor, y: Tensor, noise: Tensor, draws: list[Tensor]) -> Stepped:
+        """The step of all members, by its traced form where there is one."""
+        args = ({**self.params, **self.fixed}, self.buffers, self.state, x, y, noise, draws)
+        if self.remaining >= WORTH_TRACING and self.graph is None:
+            self._trace(args)
+        if self.graph is None:
+            return self.live(*args)
+        return pytree.tree_unflatten(self.graph(*pytree.tree_leaves(args)), self.spec)
+
+    def _trace(self, args: tuple[Any, ...]) -> None:
+        start = time.perf_counter()
+        leaves, given = pytree.tree_flatten(args)
+
+        def flat(*leaves: Tensor) -> list[Tensor]:
+            values, self.spec = pytree.tree_flatten(self.live(*pytree.tree_unflatten(leaves, given)))
+            return values
+
+        self.graph = trace(flat, *leaves)
+        self.trace_seconds = time.perf_counter() - start
+
+    def step(self, number: int) -> None:
+        """One optimiser step of every member."""
+        index = self.orders.next()
+        x, y = gather(self.train.x, index), gather(self.train.y, index)
+        rule = self.maker.rule
+        noise = torch.empty(len(self.ids), self.orders.size, rule.noise, device=self.device)
+        if rule.noise:
+            for row, i in zip(noise, self.ids, strict=True):
+                row.uniform_(generator=self.runs[i].generator)
+        draws = [draw.members([self.generators[i] for i in self.ids]) for draw in self.draws]
+        stepped = self.gradients(x, y, noise, draws)
+        self.layout.gather(stepped.grads, self.grad)
+        self.buffers, self.state = stepped.buffers, stepped.state
+        self._transform(number, after_clip=False)
+        self.clip(self.grad)
+        self._transform(number, after_clip=True)
+        self.optimizer.step(self.grad, self.rates[number])
+        if self.project is not None:
+            params, self.buffers = self.project({**self.params, **self.fixed}, self.buffers)
+            for name, view in self.params.items():
+                view.copy_(params[name])
+        self.running += stepped.losses
+
+    def _transform(self, number: int, after_clip: bool) -> None:
+        """Each member's gradient transforms on its own row, with its own generator, as it does alone."""
+        for row, i in zip(self.rows, self.ids, strict=True):
+            for transform in self.runs[i].transforms:
+                if bool(getattr(transform, "after_clip", False)) == after_clip:
+                    for name, grad in transform(row, number, self.runs[i].generator).items():
+                        if grad is not row[name]:
+                            row[name].copy_(grad)
+
+    def run(self) -> list[Fit]:
+        """Train to the end."""
+        size = self.orders.size
+        clock = time.perf_counter()
+        began = clock
+        with torch.no_grad():
+            for number in range(max(self.totals)):
+                self.remaining = max(self.totals) - number
+                self.step(number)
+                taken = number + 1
+                due = []
+                for row, i in enumerate(self.ids):
+                    self.since[i] += 1
+                    if self.active[i] and (self.since[i] >= self.every[i] or taken == self.totals[i]):
+                        due.append((row, i))
+                if not due:
+                    continue
+                found = self.validate()
+                running = self.running.tolist()
+                now = time.perf_counter()
+                for i in self.ids:  # the time is shared by those in training
+                    self.results[i].seconds += (now - clock) / sum(self.active) if self.active[i] else 0.0
+                clock = now
+                for row, i in due:
+                    entry = {
+                        "step": float(taken),
+                        "examples": float(taken * size),
+                        "seconds": self.results[i].seconds,
+                        "train_loss": running[row] / self.since[i],
+                        "valid_loss": found[row].pop("loss"),
+                        **found[row],
+                    }
+                    self.results[i].steps, self.results[i].examples = taken, taken * size
+                    self.running[row], self.since[i] = 0.0, 0
+                    self._judge(row, i, entry, taken == self.totals[i])
+                if not any(self.active):
+                    break
+                self._compact((now - began) / taken, max(t for t, on in zip(self.totals, self.active) if on) - taken)
+        return self._finish()
+
+    def _judge(self, row: int, i: int, entry: dict[str, float], last: bool) -> None:
+        """Enter a validation of member ``i``, and see whether it goes on."""
+        result, run = self.results[i], self.runs[i]
+        if not (math.isfinite(entry["train_loss"]) and math.isfinite(entry["valid_loss"])):
+            result.stopped, self.active[i] = "diverged", False
+            return
+        result.curve.append(entry)
+        if self.on_validation is not None:
+            self.on_validation(i, entry)
+        score = run._score(entry)
+        if score < self.best_score[i] or self.keep == "last":
+            self.best_score[i], self.stale[i], result.best = score, 0, len(result.curve) - 1
+            for kept, now in zip(self.best, self._kept(), strict=True):
+                kept[i] = now[row]
+        else:
+            self.stale[i] += 1
+            if run.training.patience is not None and self.stale[i] >= run.training.patience:
+                result.stopped, self.active[i] = "patience", False
+        if last:
+            self.active[i] = False
+
+    def _kept(self) -> list[Tensor]:
+        """What a member's best weights are: parameters, buffers and the rule's tensors."""
+        return [self.flat, *self.buffers.values(), *self.state.values()]
+
+    def validate(self) -> list[dict[str, float]]:
+        """Loss and ranking metric of every member in the stack on the validation split."""
+        self.maker.net.eval()
+        predict = self.maker.predict()
+        params = {**self.params, **self.fixed}
+        parts = self.valid.x.split(max(1, min(4096, ROWS // len(self.ids))))
+        outputs = torch.cat([_full(predict(params, self.buffers, self.state, x)) for x in parts], 1)
+        self.maker.net.train()
+        return scores(self.task, outputs.cpu(), self.valid.y.cpu())
+
+    def _compact(self, step_seconds: float, left: int) -> None:
+        """Let members that have stopped go, when that saves more than tracing the step again costs."""
+        gone = 1 - sum(self.active[i] for i in self.ids) / len(self.ids)
+        if not gone or gone * left * step_seconds <= self.trace_seconds:
+            return
+        rows = torch.tensor([row for row, i in enumerate(self.ids) if self.active[i]], device=self.device)
+        self.ids = [i for i in self.ids if self.active[i]]
+        self.flat = self.flat[rows]
+        self.buffers, self.state, self.fixed = (
+            {name: value[rows] for name, value in part.items()} for part in (self.buffers, self.state, self.fixed)
+        )
+        self.optimizer.take(rows, self.flat)
+        self.clip.take(rows)
+        self.orders.take(rows)
+        self.rates, self.running = self.rates[:, rows], self.running[rows]
+        self._bind()
+
+    def _finish(self) -> list[Fit]:
+        """Every member's own network with its best weights."""
+        names = [*self.buffers, *self.state]
+        for i, (run, result) in enumerate(zip(self.runs, self.results, strict=True)):
+            flat, *rest = (kept[i] for kept in self.best)
+            others = dict(zip(names, rest, strict=True))
+            with torch.no_grad():
+                for name, value in self.layout.views(flat).items():
+                    run.net.get_parameter(name).copy_(value)
+                for name, buffer in run.net.named_buffers():
+                    buffer.copy_(others[name])
+            result.net = run.net.eval().cpu()
+            result.state = {name: others[name].clone().cpu() for name in self.state}
+        return self.results
+
+
+def _float(tensors: Tensors) -> torch.dtype:
+    return next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
