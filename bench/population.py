@@ -2,7 +2,8 @@
 
 Four ways to train the same networks take turns within one run: the library's own loop, a plain PyTorch loop with fused
 Adam and nothing else, a population, and JAX's ``jit(vmap(scan))`` where JAX is installed. The plain loop and JAX
-neither validate nor clip; the others do. Set-up and tracing count. Ratios are of medians.
+neither validate nor clip; the others do. Set-up and tracing count. Ratios are of medians of
+processor time, which other processes disturb least.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def measure(name: str, task: Task, steps: int, repetitions: int) -> dict[str, An
     kind, width, count = CASES[name]
     nets = [network(kind, width, task, seed) for seed in range(count)]
     budget = Budget("examples", steps * SETTINGS.batch_size)
-    few = 4  # networks that the loops train: each costs the same
+    few = 2  # networks that the loops train: each costs the same
 
     def population(seeds: list[int]) -> Callable[[], object]:
         members = [Member(net, SETTINGS, seed) for net, seed in zip(nets, seeds, strict=True)]
@@ -120,9 +121,9 @@ def measure(name: str, task: Task, steps: int, repetitions: int) -> dict[str, An
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repetitions):
         for label, (way, trained) in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             way()
-            seconds[label].append((time.perf_counter() - start) / trained / steps * 1e6)
+            seconds[label].append((time.process_time() - start) / trained / steps * 1e6)
     medians = {label: round(statistics.median(values), 1) for label, values in seconds.items()}
     return {
         "case": name,
@@ -137,7 +138,7 @@ def measure(name: str, task: Task, steps: int, repetitions: int) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="machine-readable output")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))

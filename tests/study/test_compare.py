@@ -48,8 +48,15 @@ def test_each_candidate_has_equal_trials_seeds_and_budget_and_test_is_read_once(
         trained.append((budget, seed, settings.batch_size))
         return fit(net, task, settings, budget=budget, seed=seed, **more)
 
+    population = execute.fit_population
+
+    def watched_population(members, task):
+        trained.extend((member.budget, member.seed, member.training.batch_size) for member in members)
+        return population(members, task)
+
     monkeypatch.setattr(execute, "evaluate", counted)
     monkeypatch.setattr(execute, "fit", watched)
+    monkeypatch.setattr(execute, "fit_population", watched_population)
     compare(IRIS, candidates=["mlp width=8", "mlp width=9"], seeds=[5, 6], trials=3, epochs=2, references=False)
     assert read.count("test") == 2 * 2  # candidates x seeds, none for tuning
     assert read.count("valid") == 2 * (3 + 2)

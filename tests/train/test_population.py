@@ -48,9 +48,7 @@ def population(make, base=F64, same_seed=False, count=3):
         {"lr": 0.003, "weight_decay": 0.0, "clip": None, "warmup": 0.2},
         {"lr": 0.02, "weight_decay": 0.01, "clip": 1.0, "schedule": "linear"},
     ]
-    return [
-        Member(make(10 + i), base.model_copy(update=changes[i % 3]), 7 if same_seed else i) for i in range(count)
-    ]
+    return [Member(make(10 + i), base.model_copy(update=changes[i % 3]), 7 if same_seed else i) for i in range(count)]
 
 
 def weights(net):
@@ -93,3 +91,164 @@ def test_a_member_equals_itself_alone_with_batch_norm_and_dropout(make, same_see
 
 def test_a_member_equals_itself_alone_as_a_convnet_with_channel_dropout():
     assert_same_as_alone(population(convnet), task((1, 6, 6)))
+
+
+class Hooked(nn.Linear):
+    """A layer with every hook."""
+
+    def aux_loss(self):
+        return 0.1 * self.weight.square().sum()
+
+    def post_step(self):
+        self.weight.copy_(self.weight.clamp(max=0.2))
+
+    def param_groups(self):
+        return [{"params": [self.bias], "lr_scale": 0.5, "weight_decay": 0.3}]
+
+
+def hooked(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Hooked(8, 3))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "nesterov"])
+def test_auxiliary_losses_projections_and_parameter_groups_are_each_members_own(optimizer):
+    members = population(hooked, F64.model_copy(update={"optimizer": optimizer}))
+    assert_same_as_alone(members, task())
+    net = fit_population(members, task(), budget=STEPS)[0].net
+    assert net[2].weight.max() <= 0.2
+
+
+def test_forward_forward_runs_stacked():
+    base = F64.model_copy(update={"rule": "forward_forward"})
+    assert_same_as_alone(population(mlp, base), task(), Budget("examples", 16 * 60))
+
+
+def test_gradient_noise_of_each_members_own_scale_runs_stacked():
+    members = population(mlp)
+    noisy = [
+        Member(m.net, m.training.model_copy(update={"transform": f"grad_noise:eta=0.01,noise_scale={i}"}), m.seed)
+        for i, m in enumerate(members)
+    ]
+    assert_same_as_alone(noisy, task())
+    alone = fit(members[0].net, task(), members[0].training, budget=STEPS, seed=0, keep="last")
+    quiet = fit_population(noisy, task(), budget=STEPS, keep="last")[0]
+    torch.testing.assert_close(weights(quiet.net), weights(alone.net), rtol=0, atol=1e-9)
+
+
+def test_members_may_have_budgets_of_their_own():
+    members = [
+        Member(m.net, m.training, m.seed, Budget("epochs", 2 + 5 * i)) for i, m in enumerate(population(mlp, count=3))
+    ]
+    assert_same_as_alone(members, task())
+
+
+def test_best_weights_patience_and_curve_are_each_members_own():
+    base = F64.model_copy(update={"patience": 3, "schedule": "constant", "warmup": 0.0})
+    members = [Member(mlp(i), base.model_copy(update={"lr": lr}), i) for i, lr in enumerate((0.1, 1e-3, 0.03, 0.01))]
+    fits = fit_population(members, task(), budget=Budget("epochs", 30))
+    for member, found in zip(members, fits, strict=True):
+        alone = fit(member.net, task(), member.training, budget=Budget("epochs", 30), seed=member.seed)
+        assert (found.stopped, found.steps, found.best) == (alone.stopped, alone.steps, alone.best)
+        assert found.valid == pytest.approx(alone.valid, rel=1e-9)
+        torch.testing.assert_close(weights(found.net), weights(alone.net), rtol=0, atol=1e-8)
+    assert {found.stopped for found in fits} == {"patience"} and len({found.steps for found in fits}) > 1
+
+
+def test_members_that_stopped_early_are_compacted_away(monkeypatch):
+    members = [Member(m.net, m.training, m.seed, Budget("epochs", 1 if i < 2 else 4)) for i, m in
+               enumerate(population(lambda s: mlp(s, 0.2, True), count=4))]  # fmt: skip
+    sizes = []
+    step = Stack.step
+    monkeypatch.setattr(Stack, "step", lambda self, number: (sizes.append(len(self.ids)), step(self, number)))
+    assert_same_as_alone(members, task())
+    assert sizes[-1] == 2 and 4 in sizes
+
+
+@pytest.mark.parametrize("same_seed", [True, False])
+def test_nan_in_one_member_leaves_the_others_untouched_to_the_bit(same_seed):
+    base = F64.model_copy(update={"precision": "float32"})
+    healthy = population(lambda s: mlp(s, 0.2, True), base, same_seed, count=4)
+    sick = copy.deepcopy(healthy)
+    with torch.no_grad():
+        sick[1].net[0].weight[0, 0] = math.nan
+    budget = Budget("examples", 16 * 60)
+    a, b = fit_population(healthy, task(), budget=budget), fit_population(sick, task(), budget=budget)
+    assert b[1].stopped == "diverged" and b[1].best == -1 and not b[1].curve
+    for i in (0, 2, 3):
+        assert a[i].stopped == b[i].stopped == "budget"
+        assert torch.equal(weights(a[i].net), weights(b[i].net))
+
+
+def test_the_given_networks_and_the_global_generator_are_untouched():
+    members = population(lambda s: mlp(s, 0.2))
+    before, state = [weights(m.net) for m in members], torch.random.get_rng_state()
+    fit_population(members, task(), budget=Budget("epochs", 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(weights(m.net), w) for m, w in zip(members, before, strict=True))
+
+
+def test_chunks_give_the_same_numbers_and_validations_are_told():
+    members, told = population(mlp, count=5), []
+    fits = fit_population(
+        members, task(), budget=STEPS, stack_size=2, keep="last", on_validation=lambda i, e: told.append((i, e["step"]))
+    )
+    assert_same_as_alone(members, task(), fits=fits)
+    assert {i for i, _ in told} == set(range(5))
+    assert len(told) == sum(len(found.curve) for found in fits)
+
+
+def test_too_many_members_for_memory_are_chunked_with_a_warning(monkeypatch):
+    monkeypatch.setattr("pomona.train.population._free_memory", lambda: 100_000)
+    with pytest.warns(UserWarning, match=r"at a time"):
+        size = choose_stack_size(population(mlp, count=40), task())
+    assert 1 <= size < 40
+
+
+class Branching(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else -super().forward(x)
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Scaled(nn.Linear):
+    def __init__(self, factor):
+        super().__init__(6, 3)
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+def test_what_cannot_be_stacked_says_why():
+    data = task()
+
+    def reason(nets, **changes):
+        members = [Member(net, F64.model_copy(update={k: v[i] for k, v in changes.items()}), i) for i, net in
+                   enumerate(nets)]  # fmt: skip
+        return can_stack(members, data)
+
+    assert reason([mlp(0), mlp(1)]) is None
+    assert reason([mlp(0), nn.Linear(6, 3)]).startswith("networks 0 and 1 differ in parameter")
+    assert reason([mlp(0, 0.1), mlp(1, 0.2)]) == "networks 0 and 1 differ in 2.p"
+    assert reason([Scaled(1.0), Scaled(2.0)]) == "networks 0 and 1 differ in factor"
+    assert reason([mlp(0), mlp(1)], optimizer=("adam", "sgd")) == "optimizer differs: adam, sgd"
+    assert "vmap refuses" in reason([Branching(6, 3), Branching(6, 3)])
+    assert reason([Counting(6, 3), Counting(6, 3)]) == "a forward pass changes calls, which is not a tensor"
+    clock = can_stack([Member(mlp(0))], data, budget=Budget("seconds", 1))
+    assert clock is not None and "seconds" in clock
+    with pytest.raises(PomonaError, match="optimizer differs: adamw, sgd"):
+        fit_population([Member(mlp(0), F64), Member(mlp(1), F64.model_copy(update={"optimizer": "sgd"}))], data)
+    with pytest.raises(PomonaError, match="stack_size=0 must be 1 or more"):
+        fit_population([Member(mlp(0), F64)], data, stack_size=0)
+
+
+def test_no_members_no_fits():
+    assert fit_population([], task()) == []

@@ -20,12 +20,12 @@ from pomona.nn.fnet import ENCODER_MIXERS, FNet, FNetBlock
 SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"steps": 4, "length": 16, "dim": 16, "layers": 2, "windows": 16, "rates": [3e-3], "time": (16, 32)},
     "full": {
-        "steps": 1500,
+        "steps": 1200,
         "length": 32,
         "dim": 48,
         "layers": 2,
         "windows": 512,
-        "rates": [1e-2, 5e-3],
+        "rates": [1e-2, 5e-3, 2e-3],
         "time": (256, 1024),
     },
     "gpu": {

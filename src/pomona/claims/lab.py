@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pomona.data.task import Task
+from pomona.errors import PomonaError
 from pomona.train.budget import Budget
 from pomona.train.loop import Fit, evaluate, fit
 from pomona.train.settings import Training
@@ -107,6 +108,9 @@ def compare_arms(
         keep_fits: keep the trained networks (memory); otherwise only their curves.
     """
     make_task = task if callable(task) else (lambda seed: task)
+    counts = {name: len(arm.grid if arm.grid is not None else settings) for name, arm in arms.items()}
+    if len({n for n in counts.values() if n > 1}) > 1:  # one setting means that nothing is tuned, as the arm itself says
+        raise PomonaError(f"arms must be tuned over equally many settings, not {counts}")
     outcomes = {}
     for name, arm in arms.items():
         choices = list(arm.grid if arm.grid is not None else settings)

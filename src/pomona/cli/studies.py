@@ -92,6 +92,9 @@ def compare(
     data_dir: Annotated[Path | None, typer.Option(help="Folder of a built-in data set's files.")] = None,
     split_seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    population: Annotated[
+        bool, typer.Option("--population/--no-population", help="Train trials and seeds of a candidate as one network.")
+    ] = True,
     zoo: ZooOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the latest run of the same study.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write the HTML report here.")] = None,

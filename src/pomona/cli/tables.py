@@ -71,10 +71,9 @@ def print_study(study: Study) -> None:
     classical = "  * classical model" if study.references else ""
     reference = escape(study.protocol.reference)
     console.print(f"Differences are paired over seeds, against {reference}.{classical}", highlight=False)
-    for sentence in [*failures, *study.sentences]:
+    for sentence in [*failures, *study.sentences, *study.notes]:
         console.print(escape(sentence), highlight=False)
     best = study.best_record
     if best is not None:
-        console.print(
-            f"The best network is kept as {best.id}: pomona predict {best.id} new.csv -o out.csv", highlight=False
-        )
+        chosen = f"Chosen on validation, {best.candidate} (seed {best.seed}) is kept as {best.id}"
+        console.print(escape(f"{chosen}: pomona predict {best.id} new.csv -o out.csv"), highlight=False)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_positive, unknown
 
-
-MARGIN = 0.01
-"""How far the outermost grid intervals reach beyond the samples, in their range: unseen inputs lie a little further out."""
+MARGIN = 0.05
+"""How far the outermost grid intervals reach beyond the samples, in their range, for inputs a little further out."""
 
 
 class Basis(nn.Module):
@@ -66,7 +65,7 @@ class Basis(nn.Module):
 
     @torch.no_grad()
     def refit(self, x: Tensor) -> None:
-        """Move the grid to the samples: edges = eps * uniform + (1 - eps) * quantiles, the outermost ones 1% further out.
+        """Move the grid to the samples: edges = eps * uniform + (1 - eps) * quantiles, the end ones 5% further out.
 
         Args:
             x: (samples, features), at least one sample.

@@ -190,7 +190,7 @@ class PomonaRegressor(RegressorMixin, _PomonaEstimator):
         spread = values.std(axis=0)
         scale = tuple(float(s) for s in np.where(spread > 0, spread, 1.0))
         outputs = Outputs("number", values.shape[1], (), tuple(map(float, values.mean(axis=0))), scale)
-        self._train(x, torch.from_numpy(values).float(), outputs)
+        self._train(x, torch.tensor(values, dtype=torch.float32), outputs)
         return self
 
     def predict(self, X: Any) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -21,6 +21,7 @@ from pomona.nets.specs import Inputs, Outputs, inputs_from_json, outputs_from_js
 from pomona.recipe.recipe import Recipe
 from pomona.train.budget import Budget
 from pomona.train.loop import Fit, evaluate, fit
+from pomona.train.population import CannotStack, Member, fit_population
 from pomona.train.rule import Backprop, Predictor
 from pomona.train.settings import Training
 from pomona.zoo import Record, Zoo
@@ -73,6 +74,30 @@ def train_recipe(
         result = fit(
             net, task, settings, budget=budget, seed=seed, on_validation=on_validation, flops_per_example=flops
         )
+    return _trained(result, flops)
+
+
+def train_population(
+    jobs: Sequence[tuple[Recipe, int]], task: Task, budget: Budget, *, device: str | None = None
+) -> list[Trained]:
+    """Train recipes, each with its seed, as one stacked network; each comes out as :func:`train_recipe` gives it.
+
+    Raises:
+        CannotStack: with the reason, when they have to be trained one at a time.
+        PomonaError: whatever does not fit.
+    """
+    members = []
+    for recipe, seed in jobs:
+        if recipe.edit:
+            raise CannotStack(f"edit={'+'.join(recipe.edit)} shares its steps among trainings of its own")
+        net = recipe.build(task, seed=seed)
+        settings = recipe.train_settings(**({"device": device} if device not in {None, "auto"} else {}))
+        members.append(Member(net, settings, seed, budget, float(costs.flops(net, task.example))))
+    fits = fit_population(members, task)
+    return [_trained(result, member.flops_per_example) for result, member in zip(fits, members, strict=True)]
+
+
+def _trained(result: Fit, flops: float) -> Trained:
     if type(result.rule) is not Backprop:  # what was scored is the rule's prediction, not the head's
         result.net = Predictor(result.net, result.rule, result.state).eval()
     result.net = _ordinary(result.net)

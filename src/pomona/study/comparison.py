@@ -38,6 +38,7 @@ def compare(
     references: bool = True,
     metric: str = "",
     device: str = "auto",
+    population: bool = True,
     zoo: Zoo | str | None = None,
     resume: bool = False,
     progress: bool | Callable[[Progress], None] = False,
@@ -62,6 +63,8 @@ def compare(
         references: whether the classical models run too.
         metric: what to rank by.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        population: train the trials, and the seeds, of a candidate as one stacked network where that is possible; the
+            numbers are the same either way, and ``study.notes`` says where it was not.
         zoo: where every trained network is kept; ``POMONA_ZOO`` or ``./pomona-zoo`` by default.
         resume: finish the latest study of the same question instead of starting anew.
         progress: ``True`` for a progress bar, or a function that is told before each training.
@@ -107,7 +110,7 @@ def compare(
     if study is None:
         study = kept.start_study(protocol.identity(), protocol.model_dump())
     with _progress(progress) as report:
-        runner = Runner(task, recipes, protocol, kept, study, report, device)
+        runner = Runner(task, recipes, protocol, kept, study, report, device, population)
         classical = []
         if references:
             if report is not None:
@@ -124,6 +127,7 @@ def compare(
         references=classical,
         seconds=time.perf_counter() - start,
         tuning=_by_candidate(runner, "tune", protocol.tuning_trials),
+        notes=runner.notes,
     )
     kept.finish_study(study, {"sentences": result.sentences, "seconds": result.seconds})
     return result

@@ -68,6 +68,8 @@ class Study:
         records: of the final trainings, label -> one a seed.
         references: classical models.
         seconds: wall-clock of the study.
+        tuning: of the tuning trials, label -> one a trial.
+        notes: which candidates could not be trained as one stacked network, and why.
     """
 
     id: str
@@ -78,6 +80,7 @@ class Study:
     references: list[Reference]
     seconds: float = 0.0
     tuning: dict[str, list[Record]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rows = self._rows()
@@ -233,6 +236,7 @@ class Study:
             "protocol": self.protocol.model_dump(),
             "rows": [asdict(row) for row in self.rows],
             "sentences": self.sentences,
+            "notes": self.notes,
             "curves": {
                 label: [{"seed": record.seed, "points": record.curve} for record in records]
                 for label, records in self.records.items()
@@ -258,7 +262,7 @@ class Study:
 
     def __repr__(self) -> str:
         return "\n".join(
-            [f"Study {self.id} on {self.task.name}", self.table().iloc[:, :6].to_string(), *self.sentences]
+            [f"Study {self.id} on {self.task.name}", self.table().iloc[:, :6].to_string(), *self.sentences, *self.notes]
         )
 
 

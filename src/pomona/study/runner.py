@@ -4,20 +4,21 @@ resumes.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from pomona.data.task import Task
 from pomona.errors import PomonaError
-from pomona.recipe.execute import Trained, measure_cost, metrics_of, task_json, train_recipe, versions
+from pomona.recipe.execute import Trained, measure_cost, metrics_of, task_json, train_population, train_recipe, versions
 from pomona.recipe.recipe import Recipe
 from pomona.study.protocol import TUNING_SEED, Protocol
-from pomona.study.tuning import tune
+from pomona.study.tuning import tune_batches
 from pomona.zoo import Record, Zoo
 
 
@@ -40,6 +41,24 @@ class Progress:
     best: tuple[str, float] | None = None
 
 
+class Unit(NamedTuple):
+    """One training of a study."""
+
+    label: str
+    recipe: Recipe
+    phase: str
+    number: int
+    seed: int
+
+
+def _structure(recipe: Recipe) -> str:
+    """What a recipe's members must have in common: all but the settings that each may have for itself."""
+    own = {"lr", "weight_decay", "momentum", "schedule", "warmup", "clip", "patience", "transform"}
+    data = recipe.model_dump(mode="json")
+    data["training"] = {key: value for key, value in data["training"].items() if key not in own}
+    return json.dumps(data, sort_keys=True)
+
+
 class Runner:
     """The trainings of one study.
 
@@ -51,6 +70,10 @@ class Runner:
         study: id of the study in the zoo; units that it holds already are not run again.
         report: told before each training.
         device: where to train.
+        population: whether trials and seeds of a candidate are trained as one stacked network where that is possible.
+
+    Attributes:
+        notes: which candidates could not be stacked, and why.
     """
 
     def __init__(
@@ -62,9 +85,11 @@ class Runner:
         study: str,
         report: Callable[[Progress], None] | None = None,
         device: str = "auto",
+        population: bool = True,
     ) -> None:
         self.task, self.recipes, self.protocol, self.zoo, self.study = task, recipes, protocol, zoo, study
-        self.report, self.device = report, device
+        self.report, self.device, self.population = report, device, population
+        self.notes: list[str] = []
         self.task_json = task_json(task)
         self.done = {(r.candidate, r.phase, r.index): r for r in zoo.records(study=study)}
         self.total = len(recipes) * (protocol.tuning_trials + len(protocol.seeds))
@@ -77,15 +102,50 @@ class Runner:
         tuning_seed = self.protocol.seeds[0] + TUNING_SEED
         for label, recipe in self.recipes.items():
 
-            def run(index: int, tried: Recipe, label: str = label) -> float:
-                return self.unit(label, tried, "tune", index, tuning_seed)
+            def run(batch: list[tuple[int, Recipe]], label: str = label) -> list[float]:
+                return self.units([Unit(label, tried, "tune", index, tuning_seed) for index, tried in batch])
 
-            values = tune(recipe, self.protocol.tuning_trials, tuning_seed, run)
+            values = tune_batches(recipe, self.protocol.tuning_trials, tuning_seed, run)
             chosen[label] = recipe.with_values(values)
-        # seeds outermost: a study that is stopped early has something of every candidate
-        for index, seed in enumerate(self.protocol.seeds):
+        seeds = list(enumerate(self.protocol.seeds))
+        if self.population:
             for label, recipe in chosen.items():
-                self.unit(label, recipe, "seed", index, seed)
+                self.units([Unit(label, recipe, "seed", index, seed) for index, seed in seeds])
+            return
+        # seeds outermost: a study that is stopped early has something of every candidate
+        for index, seed in seeds:
+            for label, recipe in chosen.items():
+                self.units([Unit(label, recipe, "seed", index, seed)])
+
+    def units(self, units: list[Unit]) -> list[float]:
+        """Trainings of one candidate, together where that is possible; their scores, in order."""
+        if self.population:
+            groups: dict[str, list[Unit]] = {}
+            for unit in units:
+                if (unit.label, unit.phase, unit.number) not in self.done:
+                    groups.setdefault(_structure(unit.recipe), []).append(unit)
+            for group in groups.values():
+                if len(group) > 1:
+                    self.stack(group)
+        return [self.unit(*unit) for unit in units]
+
+    def stack(self, group: list[Unit]) -> None:
+        """Train units as one and keep each; where that fails a note says why, and they are left to be done singly."""
+        label = group[0].label
+        if self.report is not None:
+            self.report(Progress(self.finished, self.total, label, group[0].phase, self.best))
+        try:
+            trained = train_population(
+                [(unit.recipe, unit.seed) for unit in group], self.task, self.protocol.budget, device=self.device
+            )
+        except Exception as error:  # what is wrong with the candidate itself shows when it is trained alone
+            reason = str(error) if isinstance(error, PomonaError) else f"{type(error).__name__}: {error}"
+            note = f"{label} was trained one network at a time: {reason.splitlines()[0]}"
+            if note not in self.notes:
+                self.notes.append(note)
+            return
+        for unit, one in zip(group, trained, strict=True):
+            self.keep(unit.label, unit.phase, unit.number, *self.judge(self.blank(*unit), one, unit.recipe))
 
     def unit(self, label: str, recipe: Recipe, phase: str, index: int, seed: int) -> float:
         """One training, from the zoo if it is there; returns its validation score, larger is better, -inf for a
@@ -96,14 +156,19 @@ class Runner:
             if self.report is not None:
                 self.report(Progress(self.finished, self.total, label, phase, self.best))
             record, net = self.train(label, recipe, phase, index, seed)
-            stored = self.zoo.add(record, net.state_dict() if net is not None else None)
-            record = self.zoo.get(stored)  # another process on the same study may have been first: what is kept counts
-            self.done[label, phase, index] = record
+            record = self.keep(label, phase, index, record, net)
         self.finished += 1
         score = self.score(record)
         if math.isfinite(score) and (self.best is None or score > self.best[1]):
             self.best = (label, score)
         return score
+
+    def keep(self, label: str, phase: str, index: int, record: Record, net: nn.Module | None) -> Record:
+        """Put a finished unit into the zoo."""
+        stored = self.zoo.add(record, net.state_dict() if net is not None else None)
+        record = self.zoo.get(stored)  # another process on the same study may have been first: what is kept counts
+        self.done[label, phase, index] = record
+        return record
 
     def score(self, record: Record) -> float:
         """The validation metric of a record, larger is better."""
@@ -112,9 +177,9 @@ class Runner:
         value = record.metrics["valid"][self.protocol.metric]
         return value if self.task.higher_is_better else -value
 
-    def train(self, label: str, recipe: Recipe, phase: str, index: int, seed: int) -> tuple[Record, nn.Module | None]:
-        """Train a unit; whatever goes wrong in it becomes its record, and the study goes on."""
-        record = Record(
+    def blank(self, label: str, recipe: Recipe, phase: str, index: int, seed: int) -> Record:
+        """The record of a unit before its training."""
+        return Record(
             study=self.study,
             candidate=label,
             phase=phase,
@@ -124,6 +189,10 @@ class Runner:
             task=self.task_json,
             versions=versions(),
         )
+
+    def train(self, label: str, recipe: Recipe, phase: str, index: int, seed: int) -> tuple[Record, nn.Module | None]:
+        """Train a unit; whatever goes wrong in it becomes its record, and the study goes on."""
+        record = self.blank(label, recipe, phase, index, seed)
         start = time.perf_counter()
         try:
             trained = train_recipe(recipe, self.task, self.protocol.budget, seed=seed, device=self.device)

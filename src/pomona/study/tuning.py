@@ -50,10 +50,12 @@ class Tuner:
             warnings.simplefilter("ignore")
             self.study = optuna.create_study(sampler=sampler, direction="maximize")
         self.told: list[tuple[dict[str, Any], float]] = []
+        self.asked = False
 
     def suggest(self) -> tuple[Any, dict[str, Any]]:
         """An Optuna trial (``None`` for the recipe's own settings) and the values to try."""
-        if not self.told:
+        if not self.told and not self.asked:
+            self.asked = True
             return None, {}
         trial = self.study.ask()
         values = {
@@ -84,10 +86,33 @@ class Tuner:
         return max(self.told, key=lambda pair: pair[1])[0]
 
 
-def tune(recipe: Recipe, trials: int, seed: int, run: Callable[[int, Recipe], float]) -> dict[str, Any]:
-    """Run ``trials`` trainings through ``run(index, recipe) -> score`` and return the best values."""
+STARTUP, BATCH = 6, 4
+"""Trials asked for at once: the recipe's own settings and the random ones at first, then so many a batch."""
+
+
+def tune_batches(
+    recipe: Recipe, trials: int, seed: int, run: Callable[[list[tuple[int, Recipe]]], list[float]]
+) -> dict[str, Any]:
+    """Run ``trials`` trainings in batches and return the best values; what is proposed depends on the scores alone.
+
+    Args:
+        recipe: what to tune.
+        trials: how many trainings.
+        seed: of the proposals.
+        run: (index, recipe) of a batch -> score of each, larger is better.
+    """
     tuner = Tuner(recipe, seed)
-    for index in range(trials):
-        trial, values = tuner.suggest()
-        tuner.tell(trial, values, run(index, recipe.with_values(values)))
+    start = 0
+    while start < trials:
+        indices = range(start, min(trials, start + (BATCH if start else STARTUP)))
+        asked = [tuner.suggest() for _ in indices]
+        scores = run([(index, recipe.with_values(values)) for index, (_, values) in zip(indices, asked, strict=True)])
+        for (trial, values), score in zip(asked, scores, strict=True):
+            tuner.tell(trial, values, score)
+        start = indices.stop
     return tuner.best
+
+
+def tune(recipe: Recipe, trials: int, seed: int, run: Callable[[int, Recipe], float]) -> dict[str, Any]:
+    """:func:`tune_batches` through ``run(index, recipe) -> score``, one training at a time."""
+    return tune_batches(recipe, trials, seed, lambda batch: [run(index, tried) for index, tried in batch])

@@ -28,6 +28,10 @@ CACHE = 24 * 2**20
 """Bytes that a stack may work on at once before it falls off the caches, on the machines measured."""
 
 
+class CannotStack(PomonaError):
+    """Members cannot be trained as one; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One network to train.
@@ -121,7 +125,7 @@ def fit_population(
         stack_size: how many are trained at once; by default what fits caches and memory.
 
     Raises:
-        PomonaError: with the reason, when the members cannot be stacked.
+        CannotStack: with the reason.
     """
     if not members:
         return []
@@ -130,7 +134,7 @@ def fit_population(
     budget = budget or Budget()
     reason = can_stack(members, task, budget=budget)
     if reason is not None:
-        raise PomonaError(f"these {len(members)} members cannot be trained as one: {reason}")
+        raise CannotStack(reason)
     size = stack_size or choose_stack_size(members, task)
     fits: list[Fit] = []
     for start in range(0, len(members), size):

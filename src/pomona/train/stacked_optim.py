@@ -107,7 +107,7 @@ class FlatOptimizer:
         self.decayed = [(slice(s.start, s.stop), column(s.scales), column(s.decays))
                         for s in self.layout.segments if any(s.decays)]  # fmt: skip
         plain = all(scale == 1 for s in self.layout.segments for scale in s.scales)
-        self.scaled = (
+        self.scaled: list[tuple[slice, Tensor | None]] = (
             [(slice(None), None)]
             if plain
             else [(slice(s.start, s.stop), column(s.scales)) for s in self.layout.segments]
@@ -133,7 +133,8 @@ class FlatOptimizer:
             self.delta.zero_()  # type: ignore[union-attr]
             self.steps += 1
             torch._fused_adam_(
-                [self.delta], [grad], [self.first], [self.second], [], [self.steps], lr=1.0, beta1=0.9, beta2=0.999,
+                [self.delta], [grad], [self.first], [self.second], [], [self.steps], lr=1.0,  # type: ignore[list-item]
+                beta1=0.9, beta2=0.999,
                 weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip
             return self.delta  # type: ignore[return-value]

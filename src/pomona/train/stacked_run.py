@@ -24,7 +24,7 @@ from pomona.train.stacked_step import StepMaker, Stepped, trace
 if TYPE_CHECKING:
     from pomona.train.population import Member
 
-WORTH_TRACING = 150
+WORTH_TRACING = 100
 """Steps from which on the traced step repays its making."""
 
 ROWS = 16_384
@@ -106,12 +106,13 @@ class Stack:
 
     def _learned(self, own: Tensors, trained: set[str]) -> list[str]:
         """Names of the parameters that the rule gives gradients, found by a step of one member on two examples."""
-        one = ({name: value[:1] for name, value in part.items()} for part in (own, self.buffers, self.state))
-        params, buffers, state = one
+        params, buffers, state = (
+            {name: value[:1] for name, value in part.items()} for part in (own, self.buffers, self.state)
+        )
         x, y = self.train.x[:2], self.train.y[:2]
         noise = self.maker.rule_noise(x).unsqueeze(0)
-        self.dry_draws = self.maker.record(*({k: v[0] for k, v in p.items()} for p in (params, buffers, state)), (x, y))
-        draws = [torch.rand(1, *draw.shape, dtype=draw.dtype, device=self.device) for draw in self.dry_draws]
+        self.dry_draws = self.maker.record(_first(params), _first(buffers), _first(state), (x, y))
+        draws = [torch.ones(1, *draw.shape, dtype=draw.dtype, device=self.device) for draw in self.dry_draws]
         stepped = self.maker.step(shared=True)(params, buffers, state, x, y, noise, draws)
         return [name for name in own if name in stepped.grads]
 
@@ -120,9 +121,9 @@ class Stack:
         if not self.dry_draws:
             return []
         size = self.orders.size
-        parts = ({**self.params, **self.fixed}, self.buffers, self.state)
-        one = ({k: v[0] for k, v in part.items()} for part in parts)
-        return self.maker.record(*one, (self.train.x[:size], self.train.y[:size]))
+        params = {**self.params, **self.fixed}
+        batch = self.train.x[:size], self.train.y[:size]
+        return self.maker.record(_first(params), _first(self.buffers), _first(self.state), batch)
 
     def _budgets(self, members: Sequence[Member], validations: int) -> None:
         """Steps, validation intervals and learning rates of every member."""
@@ -130,10 +131,12 @@ class Stack:
         size = min(self.runs[0].training.batch_size, count)
         per_epoch = max(1, count // size)
         self.totals = [
-            run.budget.steps(count, size, member.flops_per_example)
+            run.budget.steps(count, size, member.flops_per_example) or 1
             for run, member in zip(self.runs, members, strict=True)
         ]
-        self.every = [run._interval(total, per_epoch, validations) for run, total in zip(self.runs, self.totals)]
+        self.every = [
+            run._interval(total, per_epoch, validations) for run, total in zip(self.runs, self.totals, strict=True)
+        ]
         factors: dict[Any, list[float]] = {}
         longest = max(self.totals)
         rates = torch.empty(longest, len(members), 1, dtype=torch.float64)
@@ -246,7 +249,8 @@ class Stack:
                     self._judge(row, i, entry, taken == self.totals[i])
                 if not any(self.active):
                     break
-                self._compact((now - began) / taken, max(t for t, on in zip(self.totals, self.active) if on) - taken)
+                longest = max(self.totals[i] for i in self.ids if self.active[i])
+                self._compact((now - began) / taken, longest - taken)
         return self._finish()
 
     def _judge(self, row: int, i: int, entry: dict[str, float], last: bool) -> None:
@@ -285,12 +289,16 @@ class Stack:
         return scores(self.task, outputs.cpu(), self.valid.y.cpu())
 
     def _compact(self, step_seconds: float, left: int) -> None:
-        """Let members that have stopped go, when that saves more than tracing the step again costs."""
-        gone = 1 - sum(self.active[i] for i in self.ids) / len(self.ids)
+        """Let members that have stopped go, when that saves more than tracing the step again costs.
+
+        Those that diverged stay, idle: in a smaller stack the others' last bits would change.
+        """
+        stays = [self.active[i] or self.results[i].stopped == "diverged" for i in self.ids]
+        gone = 1 - sum(stays) / len(self.ids)
         if not gone or gone * left * step_seconds <= self.trace_seconds:
             return
-        rows = torch.tensor([row for row, i in enumerate(self.ids) if self.active[i]], device=self.device)
-        self.ids = [i for i in self.ids if self.active[i]]
+        rows = torch.tensor([row for row, stay in enumerate(stays) if stay], device=self.device)
+        self.ids = [i for i, stay in zip(self.ids, stays, strict=True) if stay]
         self.flat = self.flat[rows]
         self.buffers, self.state, self.fixed = (
             {name: value[rows] for name, value in part.items()} for part in (self.buffers, self.state, self.fixed)
@@ -319,3 +327,8 @@ class Stack:
 
 def _float(tensors: Tensors) -> torch.dtype:
     return next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+
+
+def _first(tensors: Tensors) -> Tensors:
+    """The first member's."""
+    return {name: value[0] for name, value in tensors.items()}

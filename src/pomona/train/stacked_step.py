@@ -1,4 +1,4 @@
-"""One training step of many equal networks: gradients, buffers and losses of all, by vmap, traced once to plain calls."""
+"""One training step of many equal networks at once: gradients, buffers and losses, by vmap, traced to plain calls."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class StepMaker:
 
     def rule_noise(self, x: Tensor) -> Tensor:
         """Numbers of the right shape for a dry run of the rule."""
-        return torch.rand(len(x), self.rule.noise, device=x.device)
+        return torch.full((len(x), self.rule.noise), 0.5, device=x.device)
 
     def objective(self, params: Tensors, buffers: Tensors, x: Tensor, y: Tensor) -> tuple[Tensor, Tensors]:
         """One member's loss, and its buffers after the batch."""
@@ -174,7 +174,9 @@ def _mutates(target: Any) -> bool:
 
 def _same(node: Any, first: Any) -> bool:
     new, old = node.meta.get("val"), getattr(first, "meta", {}).get("val")
-    return isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape and new.stride() == old.stride()
+    return (
+        isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape and new.stride() == old.stride()
+    )
 
 
 def shapes_of(batch: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:

@@ -1,4 +1,7 @@
-"""The declaration: inputs, outputs, combiner, preprocessing, training and search, checked before any data are read."""
+"""The declaration: inputs, outputs, combiner, preprocessing, training and search, checked before any data are read.
+
+Source: Ludwig: a type-based declarative deep learning toolbox, arXiv 1909.07930.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A type fits plain JSON-able metadata on training rows, packs a column into numbers with them, offers encoders
 (:mod:`~pomona.recipe.ludwig.encoders`), decoders and losses, and turns outputs back into columns.
+
+Source: Ludwig: a type-based declarative deep learning toolbox, arXiv 1909.07930.
 """
 
 from __future__ import annotations

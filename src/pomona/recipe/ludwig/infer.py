@@ -1,4 +1,7 @@
-"""A first declaration for a table, with inferred types."""
+"""A first declaration for a table, with inferred types.
+
+Source: Ludwig: a type-based declarative deep learning toolbox, arXiv 1909.07930.
+"""
 
 from __future__ import annotations
 
