@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# these networks are small: a second thread gains nothing, and costs much where other programs want the core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pomona as pm
 

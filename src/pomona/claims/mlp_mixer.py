@@ -23,7 +23,7 @@ from pomona.train.settings import Training
 
 SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"limit": 400, "few": 100, "passes": 1, "rates": [2e-3], "dim": 16, "depth": 1},
-    "full": {"limit": 6000, "few": 500, "passes": 4, "rates": [1e-2, 3e-3], "dim": 32, "depth": 2},
+    "full": {"limit": 6000, "few": 500, "passes": 3, "rates": [1e-2, 3e-3], "dim": 32, "depth": 2},
     "gpu": {"limit": 20000, "few": 1000, "passes": 6, "rates": [1e-2, 3e-3], "dim": 64, "depth": 4},
 }
 PATCH, GRID = 4, 7

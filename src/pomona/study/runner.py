@@ -133,7 +133,8 @@ class Runner:
         """Train units as one and keep each; where that fails a note says why, and they are left to be done singly."""
         label = group[0].label
         if self.report is not None:
-            self.report(Progress(self.finished, self.total, label, group[0].phase, self.best))
+            for i, unit in enumerate(group):
+                self.report(Progress(self.finished + i, self.total, label, unit.phase, self.best))
         try:
             trained = train_population(
                 [(unit.recipe, unit.seed) for unit in group], self.task, self.protocol.budget, device=self.device
@@ -145,7 +146,12 @@ class Runner:
                 self.notes.append(note)
             return
         for unit, one in zip(group, trained, strict=True):
-            self.keep(unit.label, unit.phase, unit.number, *self.judge(self.blank(*unit), one, unit.recipe))
+            record, net = self.blank(*unit), None
+            try:
+                record, net = self.judge(record, one, unit.recipe)
+            except Exception as error:
+                self.broken(record, error)
+            self.keep(unit.label, unit.phase, unit.number, record, net)
 
     def unit(self, label: str, recipe: Recipe, phase: str, index: int, seed: int) -> float:
         """One training, from the zoo if it is there; returns its validation score, larger is better, -inf for a
@@ -198,11 +204,15 @@ class Runner:
             trained = train_recipe(recipe, self.task, self.protocol.budget, seed=seed, device=self.device)
             return self.judge(record, trained, recipe)
         except Exception as error:  # a candidate may be broken in any way without harm to the others
-            record.status, record.error = "error", f"{type(error).__name__}: {error}".splitlines()[0]
-            if isinstance(error, PomonaError):
-                record.error = str(error)
+            self.broken(record, error)
             record.cost = {"seconds": time.perf_counter() - start}
             return record, None
+
+    def broken(self, record: Record, error: Exception) -> None:
+        """Enter what went wrong in one sentence."""
+        record.status, record.error = "error", f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, PomonaError):
+            record.error = str(error)
 
     def judge(self, record: Record, trained: Trained, recipe: Recipe) -> tuple[Record, nn.Module | None]:
         """Fill the record of a finished training; the test split is read once a final network."""

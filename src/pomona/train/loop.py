@@ -110,11 +110,12 @@ def _full(output: Tensor) -> Tensor:
 @torch.no_grad()
 def predict(net: Callable[[Tensor], Tensor], x: Tensor, batch_size: int = 4096) -> Tensor:
     """Outputs of ``net`` for all rows of ``x``, in chunks, on the network's device, returned on the CPU."""
-    device = next((p.device for p in net.parameters()), x.device) if isinstance(net, nn.Module) else x.device
+    like = next((p for p in net.parameters() if p.is_floating_point()), x) if isinstance(net, nn.Module) else x
+    device, dtype = like.device, torch.float64 if like.dtype == torch.float64 and x.is_floating_point() else x.dtype
     training = isinstance(net, nn.Module) and net.training
     if isinstance(net, nn.Module):
         net.eval()
-    out = torch.cat([_full(net(chunk.to(device))).cpu() for chunk in x.split(max(1, batch_size))])
+    out = torch.cat([_full(net(chunk.to(device, dtype))).cpu() for chunk in x.split(max(1, batch_size))])
     if training:
         net.train()  # type: ignore[attr-defined]
     return out

@@ -122,8 +122,8 @@ class FlatOptimizer:
             for columns, _, decay in self.decayed:
                 grad[:, columns].addcmul_(self.flat[:, columns], decay)
         direction = self._direction(grad)
-        for columns, scale in self.scaled:
-            rate = lr if scale is None else lr * scale
+        for columns, factor in self.scaled:
+            rate = lr if factor is None else lr * factor
             self.flat[:, columns].addcmul_(direction[:, columns], rate)
 
     def _direction(self, grad: Tensor) -> Tensor:
