@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def network(kind: str, width: int, task: Task, seed: int) -> nn.Module:
         return build(kind, task, seed=seed)
     torch.manual_seed(seed)
     sizes = [64, width, width]
-    hidden = [m for a, b in zip(sizes, sizes[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    hidden = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10))
 
 

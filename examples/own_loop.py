@@ -9,8 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from pomona.nn import GatedPool2d
-from pomona.nn.kan import KANLayer
+from pomona.nn import GatedPool2d, KANLayer
 
 
 def main(epochs: int = 15) -> float:

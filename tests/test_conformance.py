@@ -1,4 +1,4 @@
-"""What every layer that fills a slot must pass, run over the whole of slots.toml: a new layer gets it by being there."""
+"""What every layer that fills a slot must pass, over all of slots.toml: a new layer gets it by being there."""
 
 import copy
 

@@ -10,7 +10,9 @@ CANDIDATES = ["mlp width=8 precision=float64 dropout=0.1", "mlp width=6 act=gelu
 
 
 def records(study):
-    return {(r.candidate, r.phase, r.index): r for part in (study.records, study.tuning) for rs in part.values() for r in rs}
+    return {
+        (r.candidate, r.phase, r.index): r for part in (study.records, study.tuning) for rs in part.values() for r in rs
+    }
 
 
 def test_records_are_the_same_with_and_without_populations(tmp_path):

@@ -1,5 +1,6 @@
 """Run claims at full scale into the ledger: ``python -m pomona.claims.all [KEY ...]``; without keys, every claim
-there is."""
+there is.
+"""
 
 from __future__ import annotations
 

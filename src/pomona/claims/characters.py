@@ -1,5 +1,6 @@
 """Character-level language modelling, as several claims use it: networks that map ids (batch, time) to logits
-(batch, time, vocabulary)."""
+(batch, time, vocabulary).
+"""
 
 from __future__ import annotations
 

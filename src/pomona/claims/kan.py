@@ -87,7 +87,7 @@ def kan(scale: Scale, seeds: Sequence[int]) -> Comparison:
         better="lower",
         margin=1.0,
         paper="RMSE falls as the 4th power of the parameters, of MLPs as the 1st or 2nd; about 1e-7 here on fine grids",
-        note="The KAN's widths are those of the formula, as in the paper's example; from many starts they train to a poor minimum.",
+        note="The KAN's widths are those of the formula, as in the paper; most starts end in a poor minimum.",
         details=details,
     )
 

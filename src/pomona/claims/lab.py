@@ -109,7 +109,9 @@ def compare_arms(
     """
     make_task = task if callable(task) else (lambda seed: task)
     counts = {name: len(arm.grid if arm.grid is not None else settings) for name, arm in arms.items()}
-    if len({n for n in counts.values() if n > 1}) > 1:  # one setting means that nothing is tuned, as the arm itself says
+    if (
+        len({n for n in counts.values() if n > 1}) > 1
+    ):  # one setting means that nothing is tuned, as the arm itself says
         raise PomonaError(f"arms must be tuned over equally many settings, not {counts}")
     outcomes = {}
     for name, arm in arms.items():

@@ -1,6 +1,7 @@
 """Multiplication rules of finite-dimensional algebras, as the fixed A of a `PHMLinear`.
 
-Source: Beyond Fully-Connected Layers with Quaternions: Parameterization of Hypercomplex Multiplications with 1/n Parameters, arXiv 2102.08597.
+Source: Beyond Fully-Connected Layers with Quaternions: Parameterization of
+Hypercomplex Multiplications with 1/n Parameters, arXiv 2102.08597.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The report's charts, as Plotly figures in plain data. Colours follow the page's theme, so none is set but the
-series' own."""
+series' own.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +152,8 @@ def curves(study: Study) -> Figure | None:
 
 def quality_against_cost(study: Study) -> Figure | None:
     """The metric against each cost, the Pareto front drawn through what nothing beats in both; buttons choose the
-    cost."""
+    cost.
+    """
     rows = [row for row in study.rows if row.kind == "network" and row.values]
     names = [name for name in COSTS if any(row.cost.get(name) for row in rows)]
     if not names:
