@@ -27,6 +27,7 @@ def test_records_are_the_same_with_and_without_populations(tmp_path):
     assert stacked.keys() == alone.keys() and len(stacked) == 2 * (8 + 2)
     for key, record in stacked.items():
         other = alone[key]
+        assert record.status == "ok", record.error
         assert (record.recipe, record.seed, record.status, record.extra) == (
             other.recipe, other.seed, other.status, other.extra
         )  # fmt: skip

@@ -114,7 +114,8 @@ class Polynomial(Activation):
         root = weights.sqrt()[:, None]
         powers = z[:, None] ** torch.arange(degree + 1)
         start = torch.linalg.lstsq(root * powers, root * _sample(init, z)[:, None]).solution[:, 0]
-        self.coefficients = nn.Parameter(start.to(torch.get_default_dtype()))
+        # the solver's last digits depend on where its memory lies
+        self.coefficients = nn.Parameter(start.round(decimals=12).to(torch.get_default_dtype()))
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x)."""

@@ -133,6 +133,8 @@ def measure_cost(net: nn.Module, task: Task, batch_size: int) -> dict[str, float
     """
     x = task.splits["train"].x
     rows = x[torch.arange(256) % len(x)]
+    if rows.is_floating_point() and any(p.dtype == torch.float64 for p in net.parameters()):
+        rows = rows.double()
     return {
         "memory": float(costs.training_memory(net, rows[: min(batch_size, 256)])),
         "latency_1": costs.latency(net, rows[:1]),

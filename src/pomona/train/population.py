@@ -83,6 +83,9 @@ def _try(members: Sequence[Member], task: Task, budget: Budget | None) -> str | 
     small = copy.copy(task)
     small.splits = {name: type(split)(split.x[:2], split.y[:2]) for name, split in task.splits.items()}
     trials = [Member(m.net, m.training.model_copy(update={"batch_size": 2}), m.seed) for m in members]
+    functorch = torch._C._functorch  # an operation that vmap can only loop over gains nothing in a stack
+    fallback = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
     try:
         stack = Stack(trials, small, Budget("examples", 2))
         learnable = any(t.requires_grad for run in stack.runs for t in run.state.values())
@@ -94,6 +97,8 @@ def _try(members: Sequence[Member], task: Task, budget: Budget | None) -> str | 
     except Exception as error:  # whatever vmap refuses: the reason is the message
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return f"vmap refuses the network ({text[:160]})" if not isinstance(error, PomonaError) else str(error)
+    finally:
+        functorch._set_vmap_fallback_enabled(fallback)
     if learnable:
         return f"rule={members[0].training.rule} learns tensors of its own"
     changed = difference(before, signature(stack.maker.net, tensors=False))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from pomona.data.task import Task
+from pomona.train.stacked_functions import StackedFunctions
 
 
 class Orders:
@@ -54,7 +55,8 @@ def scores(task: Task, outputs: Tensor, y: Tensor) -> list[dict[str, float]]:
     """``task.score`` of every member's outputs (members, n, ...)."""
     if type(task).score is not Task.score or task.metric not in {"accuracy", "log_loss"}:
         return [task.score(output, y) for output in outputs]
-    losses = vmap(task.loss, in_dims=(0, None))(outputs, y).tolist()
+    with StackedFunctions([], fast=True):
+        losses = vmap(task.loss, in_dims=(0, None))(outputs, y).tolist()
     if task.metric == "log_loss":
         return [{"loss": loss, "log_loss": loss} for loss in losses]
     right = (outputs.argmax(-1) == y).float().mean(1).tolist()

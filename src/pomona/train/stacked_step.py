@@ -123,7 +123,12 @@ class StepMaker:
 
     def predict(self) -> Callable[[Tensors, Tensors, Tensors, Tensor], Tensor]:
         """predict(params, buffers, state, x), x the same for all; the network must be in evaluation mode."""
-        return vmap(self.rule.predict, in_dims=(0, 0, 0, None))
+
+        def member(params: Tensors, buffers: Tensors, state: Tensors, x: Tensor) -> Tensor:
+            with StackedFunctions([], fast=self.backprop):
+                return self.rule.predict(params, buffers, state, x)
+
+        return vmap(member, in_dims=(0, 0, 0, None))
 
 
 class _Projection(nn.Module):
