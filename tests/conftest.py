@@ -7,7 +7,18 @@ import sys
 
 import pytest
 
+from pomona.errors import MissingData
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # subprocesses too
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test of data that this machine has not is skipped, and says what to install."""
+    try:
+        return (yield)
+    except MissingData as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,6 +17,10 @@ class MissingExtra(PomonaError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 
 
+class MissingData(PomonaError):
+    """A built-in data set's files are not on this machine; the message says what to install."""
+
+
 def nearest(value: object, choices: Iterable[object], most: int = 3) -> list[str]:
     """The choices that look most like ``value``, best first."""
     by_lower = {str(choice).lower(): str(choice) for choice in choices}

@@ -55,7 +55,7 @@ def _idx_file(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
-    raise PomonaError(
+    raise MissingData(
         f"fashion_mnist needs {name}.gz in {str(folder)!r}; install dataset-fashion-mnist (Debian) or name the "
         "folder: data_dir=..."
     )
