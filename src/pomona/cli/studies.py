@@ -95,6 +95,9 @@ def compare(
     population: Annotated[
         bool, typer.Option("--population/--no-population", help="Train trials and seeds of a candidate as one network.")
     ] = True,
+    on: Annotated[
+        str | None, typer.Option(help="Where to train: ray (a cluster of this machine) or ray://HOST:PORT.")
+    ] = None,
     zoo: ZooOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Finish the latest run of the same study.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write the HTML report here.")] = None,
@@ -126,6 +129,7 @@ def compare(
         candidates=chosen or DEFAULT_CANDIDATES,
         seeds=seeds, trials=trials, budget=budget, epochs=epochs, examples=examples, seconds=seconds, flops=flops,
         reference=reference, match=match, references=references, device=device, zoo=zoo, resume=resume,  # type: ignore[arg-type]
+        population=population, on=on,
         progress=not as_json and sys.stderr.isatty(),
     )  # fmt: skip
     if as_json:

@@ -13,7 +13,7 @@ import numpy as np
 from sklearn import datasets
 
 from pomona.data.sources import Source, from_arrays, from_frame
-from pomona.errors import MissingExtra, PomonaError, require, unknown
+from pomona.errors import MissingData, MissingExtra, PomonaError, require, unknown
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts its files."""

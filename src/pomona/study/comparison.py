@@ -10,6 +10,7 @@ from pomona.data import Task, load
 from pomona.errors import PomonaError, unknown
 from pomona.nets.cost import parameters
 from pomona.recipe.recipe import Recipe
+from pomona.study.cluster import ClusterRunner, check_on, connected
 from pomona.study.protocol import Protocol, choose_budget, seed_list
 from pomona.study.references import run_references
 from pomona.study.result import Study
@@ -39,6 +40,7 @@ def compare(
     metric: str = "",
     device: str = "auto",
     population: bool = True,
+    on: str | None = None,
     zoo: Zoo | str | None = None,
     resume: bool = False,
     progress: bool | Callable[[Progress], None] = False,
@@ -65,6 +67,8 @@ def compare(
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         population: train the trials, and the seeds, of a candidate as one stacked network where that is possible; the
             numbers are the same either way, and ``study.notes`` says where it was not.
+        on: ``"ray"`` trains on a Ray cluster of this machine, started for the study; ``"ray://HOST:PORT"`` on one that
+            runs there.
         zoo: where every trained network is kept; ``POMONA_ZOO`` or ``./pomona-zoo`` by default.
         resume: finish the latest study of the same question instead of starting anew.
         progress: ``True`` for a progress bar, or a function that is told before each training.
@@ -84,7 +88,9 @@ def compare(
     )
     if reference is not None and reference not in recipes:
         raise unknown("reference", reference, recipes)
-    choose_device(device)
+    check_on(on)
+    if on in {None, "ray"}:
+        choose_device(device)
     task = source if isinstance(source, Task) else load(source, target, metric=metric, **data)
     base = reference or next(iter(recipes))
     if match == "params":
@@ -106,11 +112,11 @@ def compare(
         metric=task.metric,
     )
     kept = zoo if isinstance(zoo, Zoo) else Zoo(zoo)
-    study = kept.latest_study(protocol.identity()) if resume else None
-    if study is None:
-        study = kept.start_study(protocol.identity(), protocol.model_dump())
-    with _progress(progress) as report:
-        runner = Runner(task, recipes, protocol, kept, study, report, device, population)
+    with connected(on), _progress(progress) as report:
+        study = kept.latest_study(protocol.identity()) if resume else None
+        if study is None:
+            study = kept.start_study(protocol.identity(), protocol.model_dump())
+        runner = (ClusterRunner if on else Runner)(task, recipes, protocol, kept, study, report, device, population)
         classical = []
         if references:
             if report is not None:

@@ -51,7 +51,7 @@ class Unit(NamedTuple):
     seed: int
 
 
-def _structure(recipe: Recipe) -> str:
+def structure(recipe: Recipe) -> str:
     """What a recipe's members must have in common: all but the settings that each may have for itself."""
     own = {"lr", "weight_decay", "momentum", "schedule", "warmup", "clip", "patience", "transform"}
     data = recipe.model_dump(mode="json")
@@ -123,7 +123,7 @@ class Runner:
             groups: dict[str, list[Unit]] = {}
             for unit in units:
                 if (unit.label, unit.phase, unit.number) not in self.done:
-                    groups.setdefault(_structure(unit.recipe), []).append(unit)
+                    groups.setdefault(structure(unit.recipe), []).append(unit)
             for group in groups.values():
                 if len(group) > 1:
                     self.stack(group)

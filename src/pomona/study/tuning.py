@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from pomona import catalog
@@ -90,27 +90,41 @@ STARTUP, BATCH = 6, 4
 """Trials asked for at once: the recipe's own settings and the random ones at first, then so many a batch."""
 
 
-def tune_batches(
-    recipe: Recipe, trials: int, seed: int, run: Callable[[list[tuple[int, Recipe]]], list[float]]
-) -> dict[str, Any]:
-    """Run ``trials`` trainings in batches and return the best values; what is proposed depends on the scores alone.
+Batch = list[tuple[int, Recipe]]
+
+
+def proposals(recipe: Recipe, trials: int, seed: int) -> Generator[Batch, list[float] | None, dict[str, Any]]:
+    """Batches of (index, recipe), each answered by the scores of its trainings; returns the best values.
+
+    What is proposed depends on the scores alone.
 
     Args:
         recipe: what to tune.
         trials: how many trainings.
         seed: of the proposals.
-        run: (index, recipe) of a batch -> score of each, larger is better.
     """
     tuner = Tuner(recipe, seed)
     start = 0
     while start < trials:
         indices = range(start, min(trials, start + (BATCH if start else STARTUP)))
         asked = [tuner.suggest() for _ in indices]
-        scores = run([(index, recipe.with_values(values)) for index, (_, values) in zip(indices, asked, strict=True)])
-        for (trial, values), score in zip(asked, scores, strict=True):
+        scores = yield [(index, recipe.with_values(values)) for index, (_, values) in zip(indices, asked, strict=True)]
+        for (trial, values), score in zip(asked, scores or [], strict=True):
             tuner.tell(trial, values, score)
         start = indices.stop
     return tuner.best
+
+
+def tune_batches(recipe: Recipe, trials: int, seed: int, run: Callable[[Batch], list[float]]) -> dict[str, Any]:
+    """Run :func:`proposals` through ``run(batch) -> scores``, larger is better, and return the best values."""
+    asking = proposals(recipe, trials, seed)
+    scores: list[float] | None = None
+    while True:
+        try:
+            batch = asking.send(scores)
+        except StopIteration as end:
+            return end.value
+        scores = run(batch)
 
 
 def tune(recipe: Recipe, trials: int, seed: int, run: Callable[[int, Recipe], float]) -> dict[str, Any]:
