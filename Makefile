@@ -38,6 +38,7 @@ claims: $(STAMP)  ## every headline claim at full scale, into the ledger
 
 bench: $(STAMP)  ## speed as ratios, side by side
 	$(BIN)/python bench/loop.py
+	$(BIN)/python bench/population.py
 
 docs: $(STAMP)  ## the site, with its generated tables
 	$(BIN)/python docs/generate.py
