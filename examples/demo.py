@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-# these networks are small: a second thread gains nothing, and costs much where other programs want the core
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# threads that spin while they wait cost much where other programs want the core
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pomona as pm
 

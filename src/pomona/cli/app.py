@@ -56,6 +56,8 @@ def main() -> None:
     """Run a command; a :class:`~pomona.errors.PomonaError` becomes one sentence and exit code 2."""
     from pomona.errors import PomonaError
 
+    # OpenMP's threads spin while they wait; beside any other busy program that makes small networks ten times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except PomonaError as error:

@@ -13,30 +13,24 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import torch
 from torch import Tensor
 
-from pomona.data.task import Split, Task
 from pomona.errors import PomonaError, require, unknown
-from pomona.nets.specs import inputs_from_json, outputs_from_json, to_json
 from pomona.recipe.recipe import Recipe
-from pomona.study.protocol import TUNING_SEED, Protocol
+from pomona.study.protocol import TUNING_SEED
 from pomona.study.runner import Progress, Runner, Unit, structure
 from pomona.study.tuning import proposals
+from pomona.study.worker import pack, work
 from pomona.zoo import Record
-from pomona.zoo.weights import decode, encode
+from pomona.zoo.weights import decode
 
 CONNECT_SECONDS, PORT = 5.0, 10001
 """How long a cluster may take to answer, and where Ray's client server listens unless told otherwise."""
-
-Finished = tuple[list[tuple[dict[str, Any], bytes | None]], list[str]]
-"""Records with their weights, and the runner's notes."""
 
 
 def check_on(on: str | None) -> None:
@@ -93,54 +87,6 @@ def connected(on: str | None) -> Iterator[None]:
     finally:
         if ours:
             ray.shutdown()
-
-
-def pack(task: Task) -> dict[str, Any]:
-    """A task as arrays and plain data."""
-    return {
-        "name": task.name,
-        "metric": task.metric,
-        "inputs": to_json(task.inputs),
-        "outputs": to_json(task.outputs),
-        "splits": {name: [tensor.cpu().numpy() for tensor in split] for name, split in task.splits.items()},
-    }
-
-
-def unpack(data: Mapping[str, Any]) -> Task:
-    """The inverse of :func:`pack`, without the pipeline and the card."""
-    splits = {name: Split(*map(torch.tensor, arrays)) for name, arrays in data["splits"].items()}
-    inputs, outputs = inputs_from_json(data["inputs"]), outputs_from_json(data["outputs"])
-    return Task(data["name"], inputs, outputs, splits, metric=data["metric"])
-
-
-class Basket:
-    """What a worker's runner has for a zoo: units to be sent back."""
-
-    def __init__(self) -> None:
-        self.finished: list[tuple[Record, bytes | None]] = []
-
-    def records(self, study: str) -> list[Record]:
-        """None: what is done already is not sent to a worker."""
-        return []
-
-    def add(self, record: Record, state: Mapping[str, Tensor] | None = None) -> str:
-        """Put in a unit."""
-        self.finished.append((record, None if state is None else encode(state)))
-        return str(len(self.finished) - 1)
-
-    def get(self, id: str) -> Record:
-        """The record of a unit put in."""
-        return self.finished[int(id)][0]
-
-
-def work(data: dict[str, Any], units_json: str, protocol_json: str, device: str, population: bool) -> Finished:
-    """What a worker does: the trainings of one chunk, each as it would be done without a cluster."""
-    torch.set_num_threads(1)  # a worker has one processor
-    units = [Unit(**{**unit, "recipe": Recipe.parse(unit["recipe"])}) for unit in json.loads(units_json)]
-    protocol, basket = Protocol.model_validate_json(protocol_json), Basket()
-    runner = Runner(unpack(data), {}, protocol, basket, "", device=device, population=population)  # type: ignore[arg-type]
-    runner.units(units)
-    return [(asdict(record) | {"task": {}}, state) for record, state in basket.finished], runner.notes
 
 
 class Job(NamedTuple):
@@ -229,8 +175,9 @@ class ClusterRunner(Runner):
 
     def submit(self, job: Job) -> None:
         """Send a job."""
-        for unit in job.units if self.report is not None else []:
-            self.report(Progress(len(self.done), self.total, unit.label, unit.phase, self.best))
+        for unit in job.units:
+            if self.report is not None:
+                self.report(Progress(len(self.done), self.total, unit.label, unit.phase, self.best))
         units = json.dumps([unit._asdict() | {"recipe": unit.recipe.model_dump(mode="json")} for unit in job.units])
         protocol = self.protocol.model_dump_json()
         self.jobs[self.remote.remote(self.data, units, protocol, self.device, self.population)] = job
