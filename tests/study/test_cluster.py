@@ -1,6 +1,7 @@
 """A study on a Ray cluster gives what it gives here; a lost worker and Ctrl-C lose and double nothing."""
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -159,7 +160,7 @@ SERVER = """
 import sys, time, ray
 from ray.util.client.server.server import serve
 ray.init("local", num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
-serve("127.0.0.1", int(sys.argv[1]))
+server = serve("127.0.0.1", int(sys.argv[1]))
 print("ready", flush=True)
 time.sleep(300)
 """
@@ -171,13 +172,35 @@ def test_a_cluster_elsewhere_is_reached_by_its_address_and_its_end_is_one_senten
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-c", SERVER, str(port)], stdout=subprocess.PIPE, text=True)
+    both = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(port)], env=both, stdout=subprocess.PIPE, text=True)
+
+    def run(zoo, epochs):
+        command = [
+            *(sys.executable, "-m", "pomona", "compare", "iris", "--candidates", *CANDIDATES, "--zoo", str(zoo)),
+            *("--seeds", "2", "--trials", "0", "--epochs", str(epochs), "--no-references", "--no-population", "--json"),
+            *("--on", f"ray://127.0.0.1:{port}"),
+        ]
+        return subprocess.Popen(command, env=both, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
     try:
         assert server.stdout.readline() == "ready\n"
-        here, there = (units(study(on, tmp_path / on[:3], trials=0)) for on in ("ray", f"ray://127.0.0.1:{port}"))
-        assert {key: record.weights for key, record in there.items()} == {k: r.weights for k, r in here.items()}
-    finally:
+        process = run(tmp_path / "there", epochs=3)
+        _, said = process.communicate(timeout=90)
+        assert process.returncode == 0, said
+        here = units(study(None, tmp_path / "here", trials=0))
+        there = {(r.candidate, r.phase, r.index): r.weights for r in Zoo(str(tmp_path / "there")).records()}
+        assert there == {key: record.weights for key, record in here.items()}
+
+        process = run(tmp_path / "cut", epochs=100_000)
+        time.sleep(15)  # by now it trains
         server.terminate()
+        server.wait()
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "error: the connection to the Ray cluster was lost" in said
+    finally:
+        server.kill()
         server.wait()
 
 

@@ -96,6 +96,8 @@ def _try(members: Sequence[Member], task: Task, budget: Budget | None) -> str | 
             stack.validate()
     except Exception as error:  # whatever vmap refuses: the reason is the message
         text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        if "vmap fallback" in text:
+            return f"{str(error).split()[0]} has no batched form"
         return f"vmap refuses the network ({text[:160]})" if not isinstance(error, PomonaError) else str(error)
     finally:
         functorch._set_vmap_fallback_enabled(fallback)
