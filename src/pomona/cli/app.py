@@ -63,9 +63,6 @@ def main() -> None:
     except PomonaError as error:
         print(f"error: {as_options(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; what was finished is in the zoo, and --resume goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None

@@ -124,14 +124,18 @@ def compare(
         from rich.console import Console
 
         Console().print(task.card.render())
-    study = run_study(
-        task,
-        candidates=chosen or DEFAULT_CANDIDATES,
-        seeds=seeds, trials=trials, budget=budget, epochs=epochs, examples=examples, seconds=seconds, flops=flops,
-        reference=reference, match=match, references=references, device=device, zoo=zoo, resume=resume,  # type: ignore[arg-type]
-        population=population, on=on,
-        progress=not as_json and sys.stderr.isatty(),
-    )  # fmt: skip
+    try:
+        study = run_study(
+            task,
+            candidates=chosen or DEFAULT_CANDIDATES,
+            seeds=seeds, trials=trials, budget=budget, epochs=epochs, examples=examples, seconds=seconds, flops=flops,
+            reference=reference, match=match, references=references, device=device, zoo=zoo, resume=resume,  # type: ignore[arg-type]
+            population=population, on=on,
+            progress=not as_json and sys.stderr.isatty(),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print("stopped; what was finished is in the zoo, and --resume goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(study.to_json(), indent=1))
     else:

@@ -110,15 +110,15 @@ class ClusterRunner(Runner):
             PomonaError: if the cluster is lost or its workers cannot run Pomona.
         """
         self.ray = ray = require("ray", "ray")
-        cluster = ray.cluster_resources()
-        gpu = self.device.startswith("cuda") or (self.device == "auto" and cluster.get("GPU", 0) >= 1)
-        self.workers = max(1, int(cluster.get("GPU" if gpu else "CPU", 1)))
-        self.remote = ray.remote(work).options(num_cpus=1, num_gpus=int(gpu), max_retries=0)  # Job.lost counts
-        self.data = ray.put(pack(self.task))
         self.jobs: dict[Any, Job] = {}
         self.batches: dict[str, list[Unit]] = {}
         self.plans = {label: self.plan(label, recipe) for label, recipe in self.recipes.items()}
         try:
+            cluster = ray.cluster_resources()
+            gpu = self.device.startswith("cuda") or (self.device == "auto" and cluster.get("GPU", 0) >= 1)
+            self.workers = max(1, int(cluster.get("GPU" if gpu else "CPU", 1)))
+            self.remote = ray.remote(work).options(num_cpus=1, num_gpus=int(gpu), max_retries=0)  # Job.lost counts
+            self.data = ray.put(pack(self.task))
             for label in self.plans:
                 self.advance(label, None)
             while self.jobs:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -83,7 +83,7 @@ def _try(members: Sequence[Member], task: Task, budget: Budget | None) -> str | 
     small = copy.copy(task)
     small.splits = {name: type(split)(split.x[:2], split.y[:2]) for name, split in task.splits.items()}
     trials = [Member(m.net, m.training.model_copy(update={"batch_size": 2}), m.seed) for m in members]
-    functorch = torch._C._functorch  # an operation that vmap can only loop over gains nothing in a stack
+    functorch: Any = torch._C._functorch  # an operation that vmap can only loop over gains nothing in a stack
     fallback = functorch._is_vmap_fallback_enabled()
     functorch._set_vmap_fallback_enabled(False)
     try:
