@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-# threads that spin while they wait cost much where other programs want the core
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# these networks are so small that waking a second thread costs more than it saves
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pomona as pm
 
