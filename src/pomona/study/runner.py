@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -230,8 +230,3 @@ class Runner:
         if final and record.index == 0:
             record.cost |= measure_cost(fit.net, self.task, recipe.train_settings().batch_size)
         return record, fit.net
-
-
-def environment() -> dict[str, Any]:
-    """What a report says of the machine."""
-    return dict(versions())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -142,8 +142,3 @@ def write_update(net: nn.Module, update: Update) -> None:
         for name, buffer in net.named_buffers():
             if name in update.buffers and update.buffers[name] is not buffer:
                 buffer.copy_(update.buffers[name])
-
-
-def describe(logs: Mapping[str, Any]) -> dict[str, float]:
-    """Scalars as floats."""
-    return {name: float(value) for name, value in logs.items()}
