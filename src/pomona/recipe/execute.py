@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -18,6 +18,7 @@ from pomona.data.task import Task
 from pomona.errors import PomonaError
 from pomona.nets import cost as costs
 from pomona.nets.specs import Inputs, Outputs, inputs_from_json, outputs_from_json
+from pomona.recipe.edits import apply_edits, rebuilt
 from pomona.recipe.recipe import Recipe
 from pomona.train.budget import Budget
 from pomona.train.loop import Fit, evaluate, fit
@@ -37,10 +38,17 @@ class Trained:
     Attributes:
         fit: the training; ``fit.net`` is the network.
         cost: ``parameters``, ``flops`` of one forward pass of one example, ``seconds`` and ``examples`` of training.
+        rebuild: what edits did to the network's shape; a record keeps it, so that :func:`restore` can do it again.
     """
 
     fit: Fit
     cost: dict[str, float]
+    rebuild: list[dict[str, Any]] = field(default_factory=list)
+
+    def extra(self) -> dict[str, Any]:
+        """What a record keeps of the training beside metrics, curve and cost."""
+        own = {"stopped": self.fit.stopped, "steps": self.fit.steps, "best": self.fit.best}
+        return own | ({"rebuild": self.rebuild} if self.rebuild else {})
 
 
 def train_recipe(
@@ -68,13 +76,15 @@ def train_recipe(
     net = recipe.build(task, seed=seed)
     settings = recipe.train_settings(**({"device": device} if device not in {None, "auto"} else {}))
     flops = costs.flops(net, task.example)
+    rebuild: list[dict[str, Any]] = []
     if recipe.edit:
-        result = _edited(recipe, task, settings, budget, flops, seed)
+        result, rebuild = _edited(recipe, task, settings, budget, flops, seed)
+        flops = costs.flops(result.net, task.example)
     else:
         result = fit(
             net, task, settings, budget=budget, seed=seed, on_validation=on_validation, flops_per_example=flops
         )
-    return _trained(result, flops)
+    return _trained(result, flops, rebuild)
 
 
 def train_population(
@@ -97,7 +107,7 @@ def train_population(
     return [_trained(result, member.flops_per_example) for result, member in zip(fits, members, strict=True)]
 
 
-def _trained(result: Fit, flops: float) -> Trained:
+def _trained(result: Fit, flops: float, rebuild: Sequence[dict[str, Any]] = ()) -> Trained:
     if type(result.rule) is not Backprop:  # what was scored is the rule's prediction, not the head's
         result.net = Predictor(result.net, result.rule, result.state).eval()
     result.net = _ordinary(result.net)
@@ -107,7 +117,7 @@ def _trained(result: Fit, flops: float) -> Trained:
         "seconds": result.seconds,
         "examples": float(result.examples),
     }
-    return Trained(result, cost)
+    return Trained(result, cost, list(rebuild))
 
 
 def _ordinary(net: nn.Module) -> nn.Module:
@@ -116,15 +126,14 @@ def _ordinary(net: nn.Module) -> nn.Module:
     return materialize() if callable(materialize) else net
 
 
-def _edited(recipe: Recipe, task: Task, settings: Training, budget: Budget, flops: float, seed: int) -> Fit:
-    """Training by way of an edit, which shares the budget's steps among its trainings."""
-    if len(recipe.edit) > 1:
-        raise PomonaError(f"edit={'+'.join(recipe.edit)} names {len(recipe.edit)} edits; one at a time is possible now")
+def _edited(
+    recipe: Recipe, task: Task, settings: Training, budget: Budget, flops: float, seed: int
+) -> tuple[Fit, list[dict[str, Any]]]:
+    """Training by way of edits, which share the budget's steps among their trainings."""
     steps = budget.steps(len(task.splits["train"]), settings.batch_size, flops)
     if steps is None:
         raise PomonaError(f"edit={recipe.edit[0]} shares out steps; give the budget in epochs, examples or flops")
-    # the edit lends the global generator a seed before each call
-    return options.make("edit", recipe.edit[0])(lambda: recipe.assemble(task), task, settings, steps, seed)
+    return apply_edits(recipe.edit, lambda: recipe.build(task, seed=seed), task, settings, steps, seed)
 
 
 def measure_cost(net: nn.Module, task: Task, batch_size: int) -> dict[str, float]:
@@ -254,7 +263,7 @@ def restore(zoo: Zoo, id: str) -> Restored:
     if type(rule) is not Backprop:
         example = example_rows(specs.inputs, 2), torch.zeros(2, dtype=torch.long)
         net = Predictor(net, rule, rule.init(net, nn.functional.cross_entropy, example))
-    net = _ordinary(net)
+    net = rebuilt(_ordinary(net), example_rows(specs.inputs, 2), record.extra.get("rebuild", []))
     widest = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
     try:
         net.to(widest).load_state_dict(state)

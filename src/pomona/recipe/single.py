@@ -88,7 +88,7 @@ def run_recipe(
             curve=fit.curve,
             cost=trained.cost | measure_cost(fit.net, task, parsed.train_settings().batch_size),
             versions=versions(),
-            extra={"stopped": fit.stopped, "steps": fit.steps, "best": fit.best},
+            extra=trained.extra(),
         )
         kept.add(record, fit.net.state_dict())
     return record

@@ -218,7 +218,7 @@ class Runner:
         """Fill the record of a finished training; the test split is read once a final network."""
         fit = trained.fit
         record.cost, record.curve = dict(trained.cost), fit.curve
-        record.extra = {"stopped": fit.stopped, "steps": fit.steps, "best": fit.best}
+        record.extra = trained.extra()
         if fit.stopped == "diverged" and fit.best < 0:
             record.status, record.error = "diverged", f"the loss became infinite or undefined after {fit.steps} steps"
             return record, None

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from torch import nn
+
+from pomona.data import load
+from pomona.errors import PomonaError
+from pomona.recipe import Recipe, train_recipe
+from pomona.recipe.edits import Made, Step, Trainer, apply_edits, rebuilt
+from pomona.train import Budget, Training
+
+IRIS = load("iris")
+STEPS = 24
+
+
+def edited(*edits):
+    recipe = Recipe.parse("mlp width=16")
+    return apply_edits(edits, lambda: recipe.build(IRIS, seed=3), IRIS, Training(patience=None), STEPS, 3)
+
+
+def weights(net):
+    return torch.cat([p.flatten() for p in net.parameters() if p.ndim > 1])
+
+
+def test_trainings_share_the_steps_of_the_budget():
+    fit, rebuild = edited("prune:density=0.4", "prune:density=0.2")
+    assert fit.steps == STEPS and not rebuild
+    whole, _ = edited("lottery_ticket:rounds=2")
+    assert whole.steps == STEPS
+
+
+def test_edits_follow_one_another():
+    fit, _ = edited("prune:density=0.4", "prune:density=0.2")
+    w = weights(fit.net)
+    assert int((w != 0).sum()) == round(0.2 * len(w))
+    assert all(type(m) in {nn.Linear, nn.Identity, nn.Sequential} or not m._parameters for m in fit.net.modules())
+
+
+def test_an_edit_that_begins_with_the_untrained_network_must_come_first():
+    with pytest.raises(PomonaError, match="edit=lottery_ticket starts from the untrained network"):
+        edited("prune", "lottery_ticket")
+
+
+def test_rewound_survivors_start_from_their_first_weights():
+    recipe = Recipe.parse("mlp width=16")
+    trainer = Trainer(lambda: recipe.build(IRIS, seed=3), IRIS.example)  # no task: nothing is trained
+    from pomona.recipe.edit_steps import prune
+
+    trained, first = recipe.build(IRIS, seed=4), trainer.make()
+    net = prune(density=0.25, rewind=True).apply(trained, trainer).net
+    kept = weights(net) != 0
+    assert torch.equal(weights(net)[kept], weights(first)[kept])
+    assert weights(trained).abs()[kept].min() >= weights(trained).abs()[~kept].max()
+
+
+def test_a_budget_in_seconds_cannot_be_shared():
+    with pytest.raises(PomonaError, match="edit=prune shares out steps"):
+        train_recipe(Recipe.parse("mlp edit=prune"), IRIS, Budget("seconds", 1))
+
+
+def test_an_unknown_rebuilding_step_is_named():
+    with pytest.raises(PomonaError, match="'shrink'"):
+        rebuilt(nn.Linear(2, 2), torch.zeros(1, 2), [{"edit": "shrink"}])
+
+
+def test_a_step_without_a_trainer_task_trains_nothing():
+    trainer = Trainer(lambda: nn.Linear(2, 2), torch.zeros(1, 2))
+    net = nn.Linear(2, 2)
+    assert Step(lambda net, t: Made(t.train(net).net)).apply(net, trainer).net is net and not trainer.fits
