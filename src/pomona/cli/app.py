@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from pomona import __version__
-from pomona.cli import catalogue, claims, fit, networks, studies
+from pomona.cli import catalogue, claims, edits, fit, networks, studies
 
 app = typer.Typer(
     help="Try published ideas about neural networks on your own data, under one fair protocol.",
@@ -42,6 +42,7 @@ def _root(
 studies.register(app)
 fit.register(app)
 networks.register(app)
+edits.register(app)
 catalogue.register(app)
 claims.register(app)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,20 +64,48 @@ def show(id: Id, zoo: ZooOption = None, as_json: Json = False) -> None:
 
     with Zoo(zoo) as kept:
         record = kept.get(id)
-    if as_json:
-        print(json.dumps(plain(asdict(record)), indent=1))
-        return
+        if as_json:
+            print(json.dumps(plain(asdict(record)), indent=1))
+            return
+        lineage = _lineage(kept, record)
     print(f"{record.id}  {record.candidate}  ({record.status}, {record.created})")
     print(f"study {record.study or '-'}, {record.phase} {record.index}, seed {record.seed}")
     print(f"data {record.task.get('name')} ({record.task.get('fingerprint')})")
     for split, metrics in record.metrics.items():
         print(f"{split:<6}" + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     print("cost  " + "  ".join(f"{name} {value:.4g}" for name, value in record.cost.items()))
-    if record.parent:
-        print(f"made from {', '.join(record.parent)}")
     if record.error:
         print(f"error {record.error}")
     print(Recipe.parse(record.recipe).to_yaml(), end="")
+    print(lineage, end="")
+
+
+def _lineage(kept: Any, record: Any) -> str:
+    """Which network came from which, by what, as a tree; empty for one without relatives."""
+    from rich.console import Console
+    from rich.tree import Tree
+
+    from pomona.recipe.kept import family
+
+    eldest, children = family(kept, record.id)
+    if not record.parent and record.id not in children:
+        return ""
+
+    def text(one: Any) -> str:
+        made = f"by {one.extra['edit']}" if "edit" in one.extra else one.candidate
+        others = [id for id in one.parent if len(one.parent) > 1]
+        return f"{one.id}  {made}" + (f"  from {', '.join(others)}" if others else "") + "  <-" * (one.id == record.id)
+
+    def grow(tree: Tree, one: Any) -> Tree:
+        for child in children.get(one.id, []):
+            grow(tree.add(text(child)), child)
+        return tree
+
+    console = Console(width=100, highlight=False, markup=False)
+    with console.capture() as captured:
+        for one in eldest:
+            console.print(grow(Tree(text(one)), one))
+    return captured.get()
 
 
 @zoo_app.command("rm")

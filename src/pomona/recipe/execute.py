@@ -197,6 +197,11 @@ class Specs:
     outputs: Outputs
 
 
+def specs_of(record: Record) -> Specs:
+    """Input and output of a record's network."""
+    return Specs(inputs_from_json(record.task["inputs"]), outputs_from_json(record.task["outputs"]))
+
+
 @dataclass
 class Restored:
     """A network out of the zoo.
@@ -257,7 +262,7 @@ def restore(zoo: Zoo, id: str) -> Restored:
     state = zoo.state(record.id)
     recipe = Recipe.parse(record.recipe)
 
-    specs = Specs(inputs_from_json(record.task["inputs"]), outputs_from_json(record.task["outputs"]))
+    specs = specs_of(record)
     net = recipe.build(specs)
     rule = options.make("rule", recipe.train_settings().rule)
     if type(rule) is not Backprop:

@@ -1,0 +1,110 @@
+"""``pomona edit``: networks of the zoo changed after their training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pomona.cli.networks import Id, Json, ZooOption
+from pomona.errors import PomonaError
+
+Data = Annotated[
+    str | None, typer.Option(help="The data that the network was trained on: it is trained again and measured.")
+]
+Target = Annotated[str | None, typer.Option(help="The column to predict.")]
+Epochs = Annotated[float, typer.Option(help="Epochs of each training that the edit asks for.")]
+Seed = Annotated[int, typer.Option(help="Of every draw.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Also write the network here: .onnx, or .pt2 for torch.export.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    free = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command("edit", context_settings=free)(edit)
+
+
+def edit(
+    context: typer.Context,
+    id: Id,
+    name: Annotated[str, typer.Argument(help="What to do, such as prune or prune:density=0.1,rewind.")],
+    data: Data = None,
+    target: Target = None,
+    epochs: Epochs = 3,
+    seed: Seed = 0,
+    out: Out = None,
+    zoo: ZooOption = None,
+    as_json: Json = False,
+) -> None:
+    """Edit a network of the zoo: prune it, narrow it, quantise it, ... An edit's options are options here, too."""
+    from pomona.options import Option
+    from pomona.recipe.kept import edit_kept
+    from pomona.zoo import Zoo
+
+    writer(out)
+    step = Option.parse(name)
+    step = Option(step.name, {**step.options, **_extra(context.args)})
+    with Zoo(zoo) as kept:
+        record = edit_kept(kept, id, str(step), data=data, target=target, epochs=epochs, seed=seed)
+        show(kept, record, out, as_json)
+
+
+def show(kept: Any, record: Any, out: Path | None, as_json: bool) -> None:
+    """Print what came out beside what it came from, and write it to ``out``."""
+    from dataclasses import asdict
+
+    from pomona.recipe import restore
+    from pomona.study.result import plain
+
+    if out is not None:
+        writer(out)(restore(kept, record.id), out)
+    if as_json:
+        print(json.dumps(plain(asdict(record)), indent=1))
+        return
+    parents = [kept.get(id) for id in record.parent]
+    rows = [(one.id, one) for one in parents] + [(record.id, record)]
+    print(f"{record.id}  {record.candidate}")
+    for label, one in rows:
+        metric = one.task.get("metric", "")
+        value = one.metrics.get("test", {}).get(metric)
+        score = f"test {metric} {value:.4f}" if value is not None else "not measured (give --data)"
+        latency = one.cost.get("latency_1")
+        time = f", {latency * 1e3:.2f} ms an example" if latency is not None else ""
+        print(f"  {label}  {one.cost['parameters']:.0f} parameters, {one.cost['flops']:.0f} FLOPs{time}, {score}")
+    if out is not None:
+        print(f"written to {out}")
+
+
+def writer(out: Path | None) -> Any:
+    """What writes the format that a file's name asks for; ``None`` for no file."""
+    from pomona.recipe.export import export_onnx, export_torch
+
+    if out is None:
+        return None
+    writers = {".onnx": export_onnx, ".pt2": export_torch}
+    if out.suffix not in writers:
+        raise PomonaError(f"out={str(out)!r} must end in {' or '.join(writers)}")
+    if not out.parent.is_dir():
+        raise PomonaError(f"out={str(out)!r}: the folder {str(out.parent)!r} does not exist")
+    return writers[out.suffix]
+
+
+def _extra(args: list[str]) -> dict[str, Any]:
+    """``--density 0.1 --rewind`` as options of the edit."""
+    from pomona.options import scalar
+
+    found: dict[str, Any] = {}
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise PomonaError(f"{word!r} is not an option of the edit; write --density 0.1")
+        if not equals and rest and not rest[0].startswith("--"):
+            value, equals = rest.pop(0), "="
+        found[key.replace("-", "_")] = scalar(value) if equals else True
+    return found

@@ -1,0 +1,144 @@
+"""Networks of the zoo edited, merged and stitched: what comes out is kept with its parents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pomona import options
+from pomona.data import load
+from pomona.data.task import Task
+from pomona.errors import PomonaError, check_positive
+from pomona.nets import cost as costs
+from pomona.recipe.edits import Trainer
+from pomona.recipe.execute import Restored, example_rows, measure_cost, metrics_of, restore, specs_of, versions
+from pomona.zoo import Record, Zoo
+
+
+def edit_kept(
+    zoo: Zoo,
+    id: str,
+    edit: str,
+    *,
+    data: Any = None,
+    target: str | None = None,
+    epochs: float = 3,
+    seed: int = 0,
+) -> Record:
+    """Edit a network of the zoo, and keep what comes out with the first as its parent.
+
+    Args:
+        zoo: where both are.
+        id: of the network.
+        edit: a name of the slot ``edit`` with options, such as ``prune:density=0.1``.
+        data: the data that it was trained on, to train on and measure after the edit; without them nothing is
+            trained.
+        target: the column to predict.
+        epochs: of each training that the edit asks for.
+        seed: of every draw.
+
+    Raises:
+        PomonaError: for an edit that begins with an untrained network, other data, or whatever the edit refuses.
+    """
+    check_positive(epochs=epochs)
+    step = options.make("edit", edit)
+    old = restore(zoo, id)
+    if step.first:
+        raise PomonaError(f"edit={edit} starts from the untrained network; give it to a candidate, as edit={edit}")
+    task = None if data is None else same_data(old, data, target)
+    training = old.recipe.train_settings()
+    specs = specs_of(old.record)
+    trainer = Trainer(
+        lambda: old.recipe.build(specs, seed=old.record.seed).to(_dtype(old.network)),
+        example_for(old),
+        task,
+        training,
+        0 if task is None else max(1, round(epochs * len(task.splits["train"]) / training.batch_size)),
+        seed,
+    )
+    made = step.apply(old.network, trainer)
+    rebuild = old.record.extra.get("rebuild", []) + ([made.rebuild] if made.rebuild else [])
+    seconds = sum(fit.seconds for fit in trainer.fits)
+    examples = sum(fit.examples for fit in trainer.fits)
+    extra = {"edit": edit, "rebuild": rebuild}
+    return keep(zoo, made.net.eval(), [old], task, seed, extra, {"seconds": seconds, "examples": float(examples)})
+
+
+def keep(
+    zoo: Zoo,
+    net: nn.Module,
+    parents: list[Restored],
+    task: Task | None,
+    seed: int,
+    extra: dict[str, Any],
+    cost: dict[str, float] | None = None,
+) -> Record:
+    """Put a network made from others into the zoo; its recipe is the first parent's."""
+    first = parents[0].record
+    counted = {
+        "parameters": float(costs.parameters(net)),
+        "flops": float(costs.flops(net, example_for(parents[0])[:1])),
+    }
+    if task is not None:
+        counted |= measure_cost(net, task, parents[0].recipe.train_settings().batch_size)
+    record = Record(
+        candidate=f"{first.candidate} | {extra['edit']}",
+        phase="edit",
+        seed=seed,
+        recipe=first.recipe,
+        task=first.task,
+        metrics={} if task is None else metrics_of(net, task, "valid", "test"),
+        cost=counted | (cost or {}),
+        versions=versions(),
+        parent=[parent.record.id for parent in parents],
+        extra={key: value for key, value in extra.items() if value},
+    )
+    zoo.add(record, net.state_dict())
+    return record
+
+
+def example_for(old: Restored) -> Tensor:
+    """A few rows of what a network takes, in its own precision."""
+    rows = example_rows(specs_of(old.record).inputs, 8)
+    return rows.to(_dtype(old.network)) if rows.is_floating_point() else rows
+
+
+def same_data(old: Restored, data: Any, target: str | None) -> Task:
+    """The task that a network was trained on, loaded again, with the splits that it had.
+
+    Raises:
+        PomonaError: if these are other data, on which its test split would not be new to it.
+    """
+    task = data if isinstance(data, Task) else load(data, target)
+    if task.fingerprint() != old.record.task["fingerprint"]:
+        raise PomonaError(
+            f"data={str(data)!r} are not the data of network {old.record.id} ({old.record.task['name']}); give "
+            "the same file and target, so that its test rows stay unseen"
+        )
+    return task
+
+
+def family(zoo: Zoo, id: str) -> tuple[list[Record], dict[str, list[Record]]]:
+    """The eldest ancestors of a network that the zoo still has, and the children of each network by its id."""
+    known = {record.id: record for record in zoo.records()}
+    children: dict[str, list[Record]] = {}
+    for record in known.values():
+        for parent in record.parent:
+            children.setdefault(parent, []).append(record)
+
+    def eldest(record: Record) -> Iterator[Record]:
+        parents = [known[parent] for parent in record.parent if parent in known]
+        for parent in parents:
+            yield from eldest(parent)
+        if not parents:
+            yield record
+
+    return list({record.id: record for record in eldest(zoo.get(id))}.values()), children
+
+
+def _dtype(net: nn.Module) -> torch.dtype:
+    found: Tensor | None = next((p for p in net.parameters() if p.is_floating_point()), None)
+    return torch.float32 if found is None else found.dtype
