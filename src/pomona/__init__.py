@@ -30,7 +30,7 @@ _NAMES = {
 }
 _PACKAGES = {
     "claims", "data", "edit", "implicit", "measure", "nets", "nn", "recipe", "report", "search", "seq", "study",
-    "theory", "train", "weights", "zoo",
+    "theory", "trace", "train", "weights", "zoo",
 }  # fmt: skip
 
 __version__ = "0.1.0"

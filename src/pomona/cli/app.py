@@ -14,6 +14,7 @@ import typer
 
 from pomona import __version__
 from pomona.cli import catalogue, claims, edits, fit, networks, studies
+from pomona.cli import trace as trace_command
 
 app = typer.Typer(
     help="Try published ideas about neural networks on your own data, under one fair protocol.",
@@ -43,6 +44,7 @@ studies.register(app)
 fit.register(app)
 networks.register(app)
 edits.register(app)
+trace_command.register(app)
 catalogue.register(app)
 claims.register(app)
 

@@ -71,7 +71,8 @@ class Mask(nn.Module):
     """A parametrization that puts exact zeros where the mask is False; gradients there are zero too.
 
     ``order`` names the module's parameters in their order before any mask, to be restored when masks are
-    folded.
+    folded. While ``watch`` is set, ``dense_grad`` holds the last gradient of the masked weight: that of pruned
+    entries too, as if they were there.
     """
 
     mask: Tensor
@@ -79,11 +80,19 @@ class Mask(nn.Module):
     def __init__(self, mask: Tensor, order: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.order = order
+        self.watch = False
+        self.dense_grad: Tensor | None = None
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight."""
-        return weight.masked_fill(~self.mask, 0)
+        masked = weight.masked_fill(~self.mask, 0)
+        if self.watch and masked.requires_grad:
+            masked.register_hook(self._keep)
+        return masked
+
+    def _keep(self, grad: Tensor) -> None:
+        self.dense_grad = grad.detach()
 
 
 class Masks:
@@ -113,6 +122,7 @@ class Masks:
             raise PomonaError(f"mask of {name!r} has shape {tuple(mask.shape)}; the weight has {tuple(weight.shape)}")
         mask = mask.to(device=weight.device, dtype=torch.bool)
         present = _mask_of(module, leaf)
+        kept = mask if present is None else mask & present.mask  # what is new starts from zero
         if present is not None:
             present.mask.copy_(mask)
         else:
@@ -120,10 +130,10 @@ class Masks:
             parametrize.register_parametrization(module, leaf, Mask(mask.clone(), _parameter_order(module)))
             _hook_recurrent(module)
         with torch.no_grad():  # a pruned weight is zero underneath as well, so that weight decay leaves it there
-            original = module.parametrizations[leaf].original  # type: ignore[index, union-attr]
-            original.masked_fill_(~mask, 0)
+            underlying(self.net, name).masked_fill_(~kept, 0)
 
-    def _found(self) -> dict[str, Mask]:
+    def parts(self) -> dict[str, Mask]:
+        """The parametrizations themselves, by parameter name."""
         found = {}
         for prefix, module in self.net.named_modules():
             for leaf in getattr(module, "parametrizations", {}):
@@ -134,11 +144,11 @@ class Masks:
 
     def state(self) -> dict[str, Tensor]:
         """The masks by parameter name, copied: what to lay over other weights, or to store."""
-        return {name: found.mask.clone() for name, found in self._found().items()}
+        return {name: found.mask.clone() for name, found in self.parts().items()}
 
     def names(self) -> tuple[str, ...]:
         """The masked parameters."""
-        return tuple(self._found())
+        return tuple(self.parts())
 
     def carry(self, net: nn.Module) -> Masks:
         """Lay the same masks over another network of the same shapes (in place)."""
@@ -152,13 +162,13 @@ class Masks:
     @property
     def density(self) -> float:
         """Share of the masked parameters' weights that survive; 1 without masks."""
-        masks = [found.mask for found in self._found().values()]
+        masks = [found.mask for found in self.parts().values()]
         total = sum(mask.numel() for mask in masks)
         return sum(int(mask.sum()) for mask in masks) / total if total else 1.0
 
     def densities(self) -> dict[str, float]:
         """Share that survives, by parameter."""
-        return {name: float(found.mask.double().mean()) for name, found in self._found().items()}
+        return {name: float(found.mask.double().mean()) for name, found in self.parts().items()}
 
     @torch.no_grad()
     def mask_moments(self, optimizer: torch.optim.Optimizer) -> None:
@@ -176,15 +186,11 @@ class Masks:
                 raise PomonaError(f"{name} has pruned weights that are not zero; mask the optimiser's moments")
 
     def _originals(self) -> list[tuple[str, nn.Parameter, Tensor]]:
-        rows = []
-        for name, found in self._found().items():
-            module, leaf = _owner(self.net, name)
-            rows.append((name, module.parametrizations[leaf].original, found.mask))  # type: ignore[index, union-attr]
-        return rows  # type: ignore[return-value]
+        return [(name, underlying(self.net, name), found.mask) for name, found in self.parts().items()]
 
     def fold(self) -> nn.Module:
         """Make the zeros permanent and take the parametrizations away; gives back the network, now plain."""
-        for name, found in self._found().items():
+        for name, found in self.parts().items():
             module, leaf = _owner(self.net, name)
             _own_class(module)
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
@@ -210,6 +216,13 @@ def _owner(net: nn.Module, name: str) -> tuple[nn.Module, str]:
     if not known:
         raise unknown("mask", name, prunable(net))
     return module, leaf
+
+
+def underlying(net: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that is trained: what lies under the mask of ``name``, or the parameter itself."""
+    module, leaf = _owner(net, name)
+    masked = parametrize.is_parametrized(module, leaf)
+    return module.parametrizations[leaf].original if masked else getattr(module, leaf)  # type: ignore[index, union-attr]
 
 
 def _mask_of(module: nn.Module, leaf: str) -> Mask | None:
@@ -263,7 +276,7 @@ def prunable(net: nn.Module, include: Patterns = "*", exclude: Patterns = ()) ->
 
 def prune(
     net: nn.Module,
-    criterion: str | Criterion = "magnitude",
+    criterion: str | Criterion | Mapping[str, Tensor] = "magnitude",
     density: float | Mapping[str, float] = 0.5,
     scope: Literal["global", "layer"] = "global",
     *,
@@ -276,7 +289,8 @@ def prune(
 
     Args:
         net: any module, masked already or not.
-        criterion: a name of ``CRITERIA`` or a function ``(weight, initial, generator) -> score``.
+        criterion: a name of ``CRITERIA``, a function ``(weight, initial, generator) -> score``, or ready scores
+            by parameter name, as the functions of :mod:`pomona.edit.criteria` give them.
         density: share of each weight (``scope="layer"``), or of all of them together (``"global"``), to
             keep, counted from all weights rather than from the survivors. By layer it may be a dict from
             name pattern to share; the first that fits is taken.
@@ -303,8 +317,13 @@ def prune(
     scores, kept = {}, {}
     for name, weight in weights.items():
         kept[name] = present.get(name, torch.ones_like(weight, dtype=torch.bool))
-        value = score(weight, None if initial is None else initial[name].to(weight), generator).double()
-        scores[name] = value.masked_fill(~kept[name], -torch.inf)  # the pruned come last
+        if isinstance(score, Mapping):
+            if name not in score or score[name].shape != weight.shape:
+                raise PomonaError(f"criterion has no scores of shape {tuple(weight.shape)} for {name!r}; exclude it")
+            value = score[name].to(weight.device)
+        else:
+            value = score(weight, None if initial is None else initial[name].to(weight), generator)
+        scores[name] = value.double().masked_fill(~kept[name], -torch.inf)  # the pruned come last
     if scope == "layer":
         masks = {}
         for name in weights:

@@ -1,0 +1,130 @@
+"""A network as a graph of operations: ``torch.export`` with errors that name the user's own line."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from pomona.errors import PomonaError
+
+TORCH = os.path.dirname(torch.__file__)
+HERE = os.path.dirname(__file__)
+
+
+def export(net: nn.Module, *example: Any) -> ExportedProgram:
+    """The network's operations on ``example``, in evaluation mode, every layer kept whole (linear, conv, attention).
+
+    Args:
+        net: any module; left as it was, its mode included.
+        example: the arguments of one forward pass; sizes other than theirs are not promised to work.
+
+    Raises:
+        PomonaError: the example does not fit the network, or the forward pass depends on the data's values.
+    """
+    modes = {module: module.training for module in net.modules()}
+    forget(net)
+    handle = net.register_forward_hook(lambda module, args, out: _plain(out))
+    state = _held(net)
+    try:
+        with torch.no_grad():
+            try:
+                net(*example)
+            except Exception as error:
+                raise PomonaError(f"example {_shapes(example)} does not fit the network: {_said(error)}") from error
+            _restore(state)
+            try:
+                with _quiet():
+                    return torch.export.export(net, example, strict=False)
+            except Exception as error:
+                raise PomonaError(f"the network cannot be exported: {_said(error)}; {_advice(error)}") from error
+    finally:
+        _restore(state)
+        handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def forget(net: nn.Module) -> None:
+    """Evaluation mode, after training mode: what layers computed from their parameters and kept is dropped."""
+    net.train()
+    net.eval()
+
+
+State = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
+
+
+def _held(net: nn.Module) -> State:
+    """The modules' attributes, with the contents of lists and dicts, which a forward pass may fill."""
+    return [
+        (module, dict(vars(module)), {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, (dict, list))})
+        for module in net.modules()
+    ]
+
+
+def _restore(state: State) -> None:
+    for module, attributes, contents in state:
+        vars(module).clear()
+        vars(module).update(attributes)
+        for name, content in contents.items():
+            kept = attributes[name]
+            if isinstance(kept, list):
+                kept[:] = content
+            else:
+                kept.clear()
+                kept.update(content)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the graph that torch prints when it fails; the error says what matters."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    silent = io.StringIO()
+    logger.addFilter(_nothing)
+    try:
+        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent), warnings.catch_warnings():
+            # recurrent layers rebuild their list of weights, which is no harm
+            warnings.filterwarnings("ignore", message=".*were assigned during export")
+            yield
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _plain(out: Any) -> Any:
+    """A user's own dataclass as a dict, which torch.export can return."""
+    if dataclasses.is_dataclass(out) and not isinstance(out, (type, dict)):
+        return {field.name: _plain(getattr(out, field.name)) for field in dataclasses.fields(out)}
+    return out
+
+
+def _shapes(example: tuple[Any, ...]) -> str:
+    return ", ".join(str(tuple(one.shape)) if isinstance(one, Tensor) else type(one).__name__ for one in example)
+
+
+def _said(error: BaseException) -> str:
+    """The error's first line and where in the user's code it arose."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((TORCH, HERE, "<"))]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0].rstrip(".") if lines else type(error).__name__
+    return f"{first} (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else first
+
+
+def _advice(error: BaseException) -> str:
+    if "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__:
+        return "that line decides by the values of a tensor; use torch.where or keep it out of forward"
+    return "every operation of forward must be a tensor operation that torch.export knows"

@@ -1,0 +1,327 @@
+"""Rules by ATen operation, and what an operation without a rule of its own does.
+
+A rule takes the labels and the operation's arguments, with a ``Value`` for every tensor, and returns the result's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pomona.trace.labels import Labels, Value, dims_of, positional
+
+Rule = Callable[..., Any]
+RULES: dict[str, Rule] = {}
+
+
+def axis_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operations, each named as in the exported graph: ``"aten.linear"``, ``"mylib.op"``.
+
+    The rule is called as ``rule(labels, *args, **kwargs)`` with a ``Value`` in the place of each tensor and returns
+    the result's ``Value`` (a list of them where the operation returns several).
+
+    >>> @axis_rule("mylib.gate")  # doctest: +SKIP
+    ... def gate(labels, x, y):
+    ...     return labels.tie(x, y)
+    """
+
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def words(text: str) -> list[str]:
+    """A table of names."""
+    return text.split()
+
+
+def values_in(arguments: Any) -> list[Value]:
+    """All values among (nested) arguments."""
+    if isinstance(arguments, Value):
+        return [arguments]
+    if isinstance(arguments, dict):
+        arguments = list(arguments.values())
+    return [v for a in arguments for v in values_in(a)] if isinstance(arguments, (list, tuple)) else []
+
+
+# --- elementwise ---
+
+LINEAR = frozenset(
+    words(
+        """add sub neg positive clone alias detach lift_fresh lift_fresh_copy contiguous to _to_copy type_as copy where
+    masked_fill dropout feature_dropout alpha_dropout conj real zeros_like"""
+    )
+)
+"""Elementwise operations that leave positive homogeneity; all others are recorded on the axes as ``between``."""
+
+
+def elementwise(labels: Labels, name: str, *args: Any, **kwargs: Any) -> Value:
+    """Any function of the elements at one index: units that meet are the same."""
+    values = values_in([*args, kwargs])
+    result = labels.tie(*values)
+    data = [v for v in values if v.kind == "data"]
+    scaled = name in {"mul", "div"} and len(data) == 1  # by a number or a parameter
+    shifted = name in {"add", "sub"} and any(isinstance(a, (int, float)) and a != 0 for a in args[1:2])
+    if data and not scaled and (name not in LINEAR or shifted):
+        for factor in result.factors:
+            labels.mark("between", name, factor)
+    return result
+
+
+# --- shapes ---
+
+SHAPES = words(
+    """permute transpose t numpy_T mT unsqueeze squeeze expand repeat tile slice select narrow split split_with_sizes
+    unsafe_split chunk unsafe_chunk unbind flatten unflatten movedim moveaxis swapaxes swapdims roll flip rot90
+    repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unfold diagonal
+    tensor_split atleast_2d atleast_3d ravel T hsplit vsplit unsafe_split_with_sizes"""
+)
+
+
+def literally(name: str) -> Rule:
+    """A rule that executes a pure shape operation on the labels."""
+
+    def rule(labels: Labels, op: Any, x: Value, *args: Any, **kwargs: Any) -> Any:
+        return labels.shape(x, lambda tensor: op(tensor, *args, **kwargs))
+
+    rule.__name__ = name
+    return rule
+
+
+LITERAL = {f"aten.{name}": literally(name) for name in SHAPES}
+
+
+@axis_rule("aten.view", "aten.reshape", "aten._unsafe_view")
+def view(labels: Labels, x: Value, shape: Sequence[int]) -> Value:
+    """Another shape of the same elements (labels may lie in memory otherwise than the numbers did)."""
+    return labels.shape(x, lambda t: t.reshape(shape))
+
+
+@axis_rule("aten.view_as", "aten.reshape_as")
+def view_as(labels: Labels, x: Value, like: Value) -> Value:
+    """The shape of another tensor."""
+    return labels.shape(x, lambda t: t.reshape(like.shape))
+
+
+@axis_rule("aten.expand_as")
+def expand_as(labels: Labels, x: Value, like: Value) -> Value:
+    """Broadcast to the shape of another tensor."""
+    return labels.shape(x, lambda t: t.expand(like.shape))
+
+
+@axis_rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(labels: Labels, values: Sequence[Value], dim: int = 0, apart: bool = False) -> Value:
+    """Labels side by side; what has none on one side gets some that are fixed (free if all its elements are equal).
+
+    Units along other dimensions are the same on all sides, unless ``apart``.
+    """
+    values = [v for v in values if v.shape != (0,)]
+    if len(values) == 1:
+        return values[0]
+    ndim = values[0].ndim
+    dim %= ndim
+    keys: dict[frozenset[int], None] = {}
+    for value in values:
+        keys.update(dict.fromkeys(dims_of(f) - {dim} for f in value.factors))
+        if dim in value.varies and value.along(dim) is None and any(v.along(dim) is not None for v in values):
+            keys.setdefault(frozenset())
+    factors = []
+    for key in keys:
+        found = [[f for f in value.factors if dims_of(f) - {dim} == key] for value in values]
+        if key and not apart and all(dims_of(f) == key for mine in found for f in mine):
+            factors.append(_same_along(labels, values, found, key))
+            continue
+        parts = []
+        for value, mine in zip(values, found, strict=True):
+            if not mine:
+                over = {dim} | (key & value.varies)
+                filler = labels.fresh([size if d in over else 1 for d, size in enumerate(value.shape)])
+                if value.kind != "uniform":
+                    labels.fix(filler)
+                mine = [filler]
+            full = [value.shape[d] if d in key or d == dim else 1 for d in range(ndim)]
+            parts.append(mine[0].expand(full))
+        whole = torch.cat(parts, dim)
+        if key and bool((whole == whole.narrow(dim, 0, 1)).all()):
+            whole = whole.narrow(dim, 0, 1)
+        factors.append(whole)
+    shape = list(values[0].shape)
+    shape[dim] = sum(v.shape[dim] for v in values)
+    varies = frozenset().union(*(v.varies for v in values)) | {dim}
+    kinds = {v.kind for v in values}
+    kind: Any = "data" if "data" in kinds else "param"
+    if kind == "data":
+        for value in values:
+            labels.role("elem", value) if value.kind == "param" else None
+    return Value(tuple(shape), labels.disjoint(factors), varies, kind)
+
+
+def _same_along(labels: Labels, values: Sequence[Value], found: list[list[Tensor]], key: frozenset[int]) -> Tensor:
+    """Tokens beside tokens: their channels are the same units."""
+    first = next(mine[0] for mine in found if mine)
+    for value, mine in zip(values, found, strict=True):
+        for factor in mine:
+            labels.unite(first, factor)
+        if not mine and value.kind != "uniform":
+            labels.hold(first, key & value.varies)
+    return first
+
+
+@axis_rule("aten.stack")
+def stack(labels: Labels, values: Sequence[Value], dim: int = 0) -> Value:
+    """A new dimension, then side by side."""
+    dim %= values[0].ndim + 1
+    return cat(labels, [labels.shape(v, lambda t: t.unsqueeze(dim)) for v in values], dim, apart=True)
+
+
+@axis_rule("aten.constant_pad_nd", "aten.pad")
+def pad(labels: Labels, x: Value, pads: Sequence[int], mode: Any = 0, value: Any = None) -> Value:
+    """Padded elements of a constant are units of their own, tied to nothing; other modes hold the dimensions."""
+    dims = {x.ndim - 1 - i // 2 for i, n in enumerate(pads) if n}
+    shape = list(x.shape)
+    for i, n in enumerate(pads):
+        shape[x.ndim - 1 - i // 2] += n
+    factors = []
+    for factor in x.factors:
+        if not dims_of(factor) & dims:
+            factors.append(factor)
+        elif mode in ("reflect", "replicate", "circular"):
+            labels.hold(factor, dims)
+            if not dims_of(factor) <= dims:
+                factors.append(labels.quotient(factor, dims_of(factor) - dims))
+        else:
+            mine = [n if x.ndim - 1 - i // 2 in dims_of(factor) else 0 for i, n in enumerate(pads)]
+            padded = torch.nn.functional.pad(factor, mine, value=-1)
+            empty = padded < 0
+            padded[empty] = labels.fresh([int(empty.sum())])
+            factors.append(padded)
+    kind: Any = "data" if x.kind == "uniform" else x.kind
+    return Value(tuple(shape), tuple(factors), x.varies | dims, kind)
+
+
+@axis_rule("aten.view_as_complex")
+def view_as_complex(labels: Labels, x: Value) -> Value:
+    """Real and imaginary parts, which lie along the last dimension, are told apart."""
+    for factor in x.factors:
+        labels.hold(factor, [x.ndim - 1])
+    return labels.reduce(x, [x.ndim - 1])
+
+
+@axis_rule("aten.view_as_real")
+def view_as_real(labels: Labels, x: Value) -> Value:
+    """A last dimension of real and imaginary parts."""
+    wide = labels.shape(x, lambda t: t.unsqueeze(-1).expand(*t.shape, 2))
+    return Value(wide.shape, wide.factors, wide.varies | {x.ndim}, wide.kind)
+
+
+# --- reductions, and what normalises ---
+
+REDUCTIONS = {
+    **dict.fromkeys(["sum", "nansum"], ""),
+    **{n: n for n in words("mean amax amin max min var std var_mean std_mean norm linalg_vector_norm prod")},
+    **{n: n for n in words("logsumexp argmax argmin any all median aminmax")},
+}
+"""Symmetric functions; the name is put on the axes they reduce, as cutting units changes them (a sum of zeros not)."""
+
+
+def over(x: Value, dim: Any) -> list[int]:
+    """A dimension argument as a list; all where there is none."""
+    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
+        return list(range(x.ndim))
+    return [d % max(x.ndim, 1) for d in ([dim] if isinstance(dim, int) else dim)]
+
+
+def normalise(labels: Labels, x: Value, dims: Sequence[int], name: str) -> Value:
+    """Same shape, every element depending on a symmetric function over ``dims``."""
+    return labels.tie(x, labels.reduce(x, dims, keepdim=True, coupled=name))
+
+
+@axis_rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten.special_softmax")
+def softmax(labels: Labels, x: Value, dim: int, *_: Any, **__: Any) -> Value:
+    """Normalised along one dimension."""
+    return normalise(labels, x, over(x, dim), "softmax")
+
+
+@axis_rule("aten.sort", "aten.topk", "aten.cumsum", "aten.cumprod", "aten.tril", "aten.triu", "aten.logcumsumexp")
+def ordered(labels: Labels, x: Value, *args: Any, **kwargs: Any) -> Any:
+    """Functions of the order along a dimension: it is held."""
+    return labels.tie(x, positional(x.shape, "param"))
+
+
+# --- lookups ---
+
+
+@axis_rule("aten.embedding")
+def embedding(labels: Labels, weight: Value, index: Value, *_: Any) -> Value:
+    """Rows by the input's number: rows are fixed, columns are units."""
+    return _looked_up(labels, weight, [index])
+
+
+@axis_rule("aten.index", "aten._unsafe_index")
+def index(labels: Labels, x: Value, indices: Sequence[Value | None]) -> Value:
+    """Elements picked along the dimensions that have an index."""
+    return _looked_up(labels, x, list(indices))
+
+
+@axis_rule("aten.index_select")
+def index_select(labels: Labels, x: Value, dim: int, which: Value) -> Value:
+    """Elements picked along one dimension."""
+    return _looked_up(labels, x, [*[None] * (dim % x.ndim), which])
+
+
+def _looked_up(labels: Labels, x: Value, indices: list[Value | None]) -> Value:
+    held = {d for d, one in enumerate(indices) if one is not None}
+    factors = []
+    for factor in x.factors:
+        if dims_of(factor) & held:
+            labels.hold(factor, held)
+            if dims_of(factor) <= held:
+                continue
+            factor = labels.quotient(factor, dims_of(factor) - held)
+        factors.append(factor)
+        if x.kind == "param":
+            labels.mark("role", "out", factor)
+    zeros = [slice(None) if one is None else torch.zeros(one.shape, dtype=torch.long) for one in indices]
+    picked = labels.shape(Value(x.shape, tuple(factors), frozenset(), "data"), lambda t: t[tuple(zeros)])
+    kind: Any = "param" if x.kind == "param" and all(i is None or i.kind != "data" for i in indices) else "data"
+    covered = frozenset().union(*map(dims_of, picked.factors))
+    return Value(picked.shape, picked.factors, positional(picked.shape).varies - covered, kind)
+
+
+@axis_rule("aten.gather", "aten.take_along_dim")
+def gather(labels: Labels, x: Value, dim: int, which: Value, *_: Any, **__: Any) -> Value:
+    """Elements picked along one dimension, differently at every index of the others."""
+    return labels.tie(labels.reduce(ordered(labels, x), [dim], keepdim=True), positional(which.shape))
+
+
+# --- constants ---
+
+
+@axis_rule(*(f"aten.{n}" for n in words("zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor")))
+@axis_rule(*(f"aten.{n}_like" for n in words("zeros ones full empty")))
+def uniform(labels: Labels, *args: Any, result: Any = None, **_: Any) -> Value:
+    """All elements equal: whatever order its dimensions are in, nothing changes."""
+    return labels.tensor(result, kind="uniform")
+
+
+@axis_rule(*(f"aten.{n}" for n in words("arange linspace logspace eye tril_indices triu_indices rand randn randint")))
+def counted(labels: Labels, *args: Any, result: Any = None, **_: Any) -> Value:
+    """Numbers told apart by their position."""
+    return positional(result)
+
+
+# --- unknown ---
+
+
+def unknown(labels: Labels, result: Any, *args: Any, **kwargs: Any) -> Any:
+    """Everything that enters is fixed; nothing is known of what leaves."""
+    for value in values_in([*args, kwargs]):
+        labels.fix_all(value)
+    if isinstance(result, list):
+        return [None if shape is None else positional(shape) for shape in result]
+    return None if result is None else positional(result)

@@ -1,0 +1,64 @@
+"""``pomona trace``: the table, the proof, and what it says of wrong arguments."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from pomona.cli import trace as command
+from pomona.errors import PomonaError
+
+MODEL = """
+from torch import nn
+
+def make_model():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+def tokens():
+    return nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 3))
+
+number = lambda: 3
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    (tmp_path / "traced_package.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    command.register(app)
+    app.command("other")(lambda: None)  # with one command alone typer would drop its name
+    return lambda *words: CliRunner().invoke(app, ["trace", *words])
+
+
+def test_table_and_check(run):
+    result = run("traced_package:make_model", "--input", "2,4")
+    assert result.exit_code == 0, result.output
+    assert "Axes (1)" in result.output and "0.weight" in result.output and "the output" in result.output
+    assert "every axis is right" in result.output
+
+
+def test_json_and_tokens(run):
+    result = run("traced_package:tokens", "-i", "2,5", "--int", "9", "--json")
+    shown = json.loads(result.stdout)
+    assert shown["check"]["passed"] and shown["unknown"] == []
+    assert [(row["axis"], row["units"]) for row in shown["rows"] if row["kind"] == "unit"] == [("0.weight", 6)]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("traced_package", "-i", "2,4"), "is not module:function"),
+        (("traced_package:nothing", "-i", "2,4"), "has no 'nothing'"),
+        (("no_such_package:make", "-i", "2,4"), "there is no module 'no_such_package'"),
+        (("traced_package:number", "-i", "2,4"), "returned int, not a torch.nn.Module"),
+        (("traced_package:make_model", "-i", "2,x"), "is not a shape"),
+        (("traced_package:make_model", "-i", "2,0"), "size below 1"),
+        (("traced_package:make_model", "-i", "2,4", "--dtype", "half"), "dtype='half' is not known"),
+        (("traced_package:make_model", "-i", "2,5"), "does not fit the network"),
+    ],
+)
+def test_wrong_arguments(run, words, message):
+    result = run(*words)
+    assert isinstance(result.exception, PomonaError) and message in str(result.exception)
