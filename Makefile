@@ -36,9 +36,8 @@ format: $(STAMP)
 claims: $(STAMP)  ## every headline claim at full scale, into the ledger
 	$(BIN)/python -m pomona.claims.all $(CLAIMS)
 
-bench: $(STAMP)  ## speed as ratios, side by side
-	$(BIN)/python bench/loop.py
-	$(BIN)/python bench/population.py
+bench: $(STAMP)  ## speed as ratios, side by side, into docs/performance.md
+	$(BIN)/python bench/report.py $(BENCH)
 
 docs: $(STAMP)  ## the site, with its generated tables
 	$(BIN)/python docs/generate.py

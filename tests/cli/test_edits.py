@@ -47,10 +47,31 @@ def test_an_edited_network_is_written(pomona, parent, tmp_path):
         (["lottery_ticket"], "starts from the untrained network"),
         (["prune", "--density", "1.5"], "density=1.5 must lie in [0, 1]"),
         (["prune", "--densty", "0.5"], "did you mean density?"),
-        (["prnue"], "did you mean prune?"),
+        (["prnue"], "did you mean prune"),
         (["prune", "--data", "iris"], "are not the data of network"),
     ],
 )
 def test_bad_input_gets_one_sentence(pomona, parent, arguments, message):
     done = pomona("edit", parent, *arguments)
     assert done.code == 2 and message in done.err and done.err.count("\n") == 1
+
+
+def test_two_networks_are_merged_and_stitched(pomona, sales, parent, tmp_path):
+    recipe = tmp_path / "other.yaml"
+    recipe.write_text("candidate: mlp width=16\nseed: 1\n")
+    assert pomona("run", recipe, "--data", sales, "--target", "churn", "--epochs", "4").code == 0
+    both = [record["id"] for record in json.loads(pomona("zoo", "ls", "--json").out)]
+    for command in (["merge", *both], ["stitch", *both, "--at", "2"]):
+        done = pomona(*command, "--data", sales, "--target", "churn", "--json")
+        assert done.code == 0, done.err
+        record = json.loads(done.out)
+        assert record["parent"] == both and 0 <= record["metrics"]["test"]["accuracy"] <= 1
+        assert pomona("edit", record["id"], "prune").code == 0  # it comes back from the zoo
+    wide = tmp_path / "wide.yaml"
+    wide.write_text("candidate: mlp width=24\n")
+    assert pomona("run", wide, "--data", sales, "--target", "churn", "--epochs", "1").code == 0
+    last = json.loads(pomona("zoo", "ls", "--json", "--all").out)
+    other = next(r["id"] for r in last if r["candidate"] == "mlp width=24")
+    failed = pomona("merge", parent, other)
+    assert failed.code == 2 and "has shapes" in failed.err and failed.err.count("\n") == 1
+    assert pomona("stitch", parent, other).code == 0

@@ -4,9 +4,11 @@ from torch import nn
 
 from pomona.data import load
 from pomona.errors import PomonaError
-from pomona.recipe import Recipe, train_recipe
+from pomona.recipe import Recipe, restore, train_recipe
 from pomona.recipe.edits import Made, Step, Trainer, apply_edits, rebuilt
+from pomona.recipe.execute import task_json, versions
 from pomona.train import Budget, Training
+from pomona.zoo import Record, Zoo
 
 IRIS = load("iris")
 STEPS = 24
@@ -66,3 +68,23 @@ def test_a_step_without_a_trainer_task_trains_nothing():
     trainer = Trainer(lambda: nn.Linear(2, 2), torch.zeros(1, 2))
     net = nn.Linear(2, 2)
     assert Step(lambda net, t: Made(t.train(net).net)).apply(net, trainer).net is net and not trainer.fits
+
+
+@pytest.mark.parametrize(
+    "edit, smaller",
+    [("prune_units:keep=0.5", True), ("widen:factor=1.5", False), ("merge_units:beta=0.9", True), ("quantize", None),
+     ("quantize:bits=4,mode=qat", None), ("prune_units:keep=0.5+quantize", True)],
+)  # fmt: skip
+def test_edited_networks_of_other_shapes_come_back_from_the_zoo(edit, smaller):
+    recipe = Recipe.parse(f"mlp width=16 norm=batch edit={edit}")
+    trained = train_recipe(recipe, IRIS, Budget("epochs", 4), seed=1)
+    record = Record(
+        recipe=recipe.model_dump(mode="json"), task=task_json(IRIS), versions=versions(), extra=trained.extra()
+    )
+    with Zoo() as zoo:
+        again = restore(zoo, zoo.add(record, trained.fit.net.state_dict()))
+    x = IRIS.splits["test"].x
+    assert torch.allclose(again.network(x), trained.fit.net(x), atol=1e-6)
+    before = sum(p.numel() for p in Recipe.parse("mlp width=16 norm=batch").build(IRIS).parameters())
+    if smaller is not None:
+        assert (trained.cost["parameters"] < before) == smaller

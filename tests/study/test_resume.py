@@ -22,7 +22,7 @@ UNITS = len(CANDIDATES) * (2 + 2)
 def start(zoo: Path) -> subprocess.Popen:
     command = [
         *(sys.executable, "-m", "pomona", "compare", "iris", "--candidates", *CANDIDATES),
-        *("--seeds", "2", "--trials", "2", "--epochs", "12", "--resume", "--no-references", "--json"),
+        *("--seeds", "2", "--trials", "2", "--epochs", "60", "--resume", "--no-references", "--json"),
         *("--zoo", str(zoo)),
     ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -85,7 +85,7 @@ def check(zoo: Path, result: dict, whole: dict) -> None:
 def whole(tmp_path_factory):
     """The same study, left alone."""
     zoo = str(tmp_path_factory.mktemp("whole"))
-    return compare("iris", candidates=CANDIDATES, seeds=2, trials=2, epochs=12, references=False, zoo=zoo).to_json()
+    return compare("iris", candidates=CANDIDATES, seeds=2, trials=2, epochs=60, references=False, zoo=zoo).to_json()
 
 
 def test_four_kills_in_training_and_two_processes_at_the_end(tmp_path, whole):

@@ -8,6 +8,7 @@ from torch import nn
 from pomona.data.task import tensors
 from pomona.errors import PomonaError
 from pomona.nets.specs import Inputs, Outputs
+from pomona.nn.mixing import AttentionMixer
 from pomona.train import Budget, Training, fit
 from pomona.train.population import Member, can_stack, choose_stack_size, fit_population
 from pomona.train.stacked_run import Stack
@@ -252,3 +253,26 @@ def test_what_cannot_be_stacked_says_why():
 
 def test_no_members_no_fits():
     assert fit_population([], task()) == []
+
+
+def test_a_member_equals_itself_alone_with_attention():
+    def attentive(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(AttentionMixer(6, heads=2), nn.Flatten(), nn.Linear(24, 3))
+
+    assert_same_as_alone(population(attentive), task((4, 6)), Budget("examples", 16 * 100))
+
+
+def test_a_long_training_measures_how_many_to_train_at_once(monkeypatch):
+    paces = {32: 3.0, 16: 1.0, 8: 2.0}
+    tried = []
+    monkeypatch.setattr(
+        "pomona.train.population._pace", lambda members, *_: tried.append(len(members)) or paces[len(members)]
+    )
+    members = population(mlp, count=32)
+    assert choose_stack_size(members, task(), Budget("epochs", 100)) == 16 and tried == [32, 16, 8]
+    assert choose_stack_size(members, task(), Budget("epochs", 1)) == 32 and len(tried) == 3
+    monkeypatch.undo()
+    state = torch.random.get_rng_state()
+    assert choose_stack_size(members[:16], task(), Budget("epochs", 200)) in {8, 16}
+    assert torch.equal(torch.random.get_rng_state(), state)

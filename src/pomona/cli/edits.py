@@ -1,4 +1,4 @@
-"""``pomona edit``: networks of the zoo changed after their training."""
+"""``pomona edit``, ``merge`` and ``stitch``: networks of the zoo changed after their training."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     free = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command("edit", context_settings=free)(edit)
+    app.command("merge")(merge)
+    app.command("stitch")(stitch)
 
 
 def edit(
@@ -50,6 +52,47 @@ def edit(
     step = Option(step.name, {**step.options, **_extra(context.args)})
     with Zoo(zoo) as kept:
         record = edit_kept(kept, id, str(step), data=data, target=target, epochs=epochs, seed=seed)
+        show(kept, record, out, as_json)
+
+
+def merge(
+    ids: Annotated[list[str], typer.Argument(help="Two or more networks of one shape.")],
+    method: Annotated[str, typer.Option(help="weights, activations, ste or sinkhorn.")] = "weights",
+    data: Data = None,
+    target: Target = None,
+    seed: Seed = 0,
+    out: Out = None,
+    zoo: ZooOption = None,
+    as_json: Json = False,
+) -> None:
+    """Merge networks of the zoo by Git Re-Basin: their units are matched, then averaged."""
+    from pomona.recipe.kept import merge_kept
+    from pomona.zoo import Zoo
+
+    writer(out)
+    with Zoo(zoo) as kept:
+        show(kept, merge_kept(kept, ids, method=method, data=data, target=target, seed=seed), out, as_json)
+
+
+def stitch(
+    front: Id,
+    back: Annotated[str, typer.Argument(help="The network whose last blocks follow.")],
+    at: Annotated[int | None, typer.Option(help="Blocks before the stitch; half of the front's by default.")] = None,
+    data: Data = None,
+    target: Target = None,
+    epochs: Annotated[float, typer.Option(help="Epochs of training afterwards.")] = 0,
+    seed: Seed = 0,
+    out: Out = None,
+    zoo: ZooOption = None,
+    as_json: Json = False,
+) -> None:
+    """Join the first blocks of one network to the last blocks of another by a stitch of least squares."""
+    from pomona.recipe.kept import stitch_kept
+    from pomona.zoo import Zoo
+
+    writer(out)
+    with Zoo(zoo) as kept:
+        record = stitch_kept(kept, front, back, at=at, data=data, target=target, epochs=epochs, seed=seed)
         show(kept, record, out, as_json)
 
 

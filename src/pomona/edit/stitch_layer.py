@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pomona.errors import PomonaError
+from pomona.trace.chain import chain
 
 
 class StitchLayer(nn.Module):
@@ -106,3 +107,30 @@ def affine_fit(x: Tensor, y: Tensor, ridge: float = 0.0) -> tuple[Tensor, Tensor
         target = F.pad(target, (0, 0, 0, x.shape[1]))
     solution = torch.linalg.lstsq(design, target, driver="gelsd").solution.to(x)
     return solution[:-1].T, solution[-1]
+
+
+@torch.no_grad()
+def stitched(front: nn.Module, back: nn.Module, inputs: Tensor, at: int | None = None) -> nn.Sequential:
+    """The first blocks of one network, a least-squares stitch, and the last blocks of another, as one network.
+
+    Args:
+        front: gives the first ``at`` blocks of its finest chain; its own parameters.
+        back: gives the blocks from the same share of its chain on.
+        inputs: to fit the stitch on; 100 rows are plenty.
+        at: blocks before the stitch; half of the front's by default.
+
+    Raises:
+        PomonaError: ``at`` leaves no block on one side, or activations with no known dimension of features.
+
+    Source: Stitchable Neural Networks (arXiv 2302.06586).
+    """
+    a, b = (chain(net.eval(), inputs) for net in (front, back))
+    i = len(a) // 2 if at is None else at
+    if not 0 < i < len(a) or len(b) < 2:
+        raise PomonaError(f"at={i} must lie in [1, {len(a) - 1}], the front's cuts, and the back needs one")
+    j = min(max(1, round(i / len(a) * len(b))), len(b) - 1)
+    first, last = nn.Sequential(*a[:i]), nn.Sequential(*b[j:])
+    x, y = first(inputs), nn.Sequential(*b[:j])(inputs)
+    layer = StitchLayer(tuple(x.shape[1:]), tuple(y.shape[1:])).to(x)
+    layer.set_mean([affine_fit(*layer.rows(x, y), ridge=1e-6)])
+    return nn.Sequential(first, layer, last).eval()

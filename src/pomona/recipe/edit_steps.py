@@ -8,10 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pomona.edit.batchnorm import fold_batch_norms
+from pomona.edit.ifm import iterative_feature_merging
 from pomona.edit.lottery_ticket import LotteryTicket
 from pomona.edit.masks import Masks
 from pomona.edit.masks import prune as mask_least
+from pomona.edit.operations import duplicate, merge, take
+from pomona.edit.quantize import Quantizer
+from pomona.edit.quantize import quantize as quantized
+from pomona.edit.stitch_layer import stitched
+from pomona.errors import PomonaError, check_positive
 from pomona.recipe.edits import Made, Step, Trainer
+from pomona.trace.axes import axes as trace_axes
 
 
 def lottery_ticket(
@@ -39,6 +47,10 @@ def lottery_ticket(
     return Step(apply, trainings=rounds + 1, first=True)
 
 
+FROM_START = ("movement", "magnitude_increase")
+"""Criteria that compare weights with their first values."""
+
+
 def prune(
     density: float = 0.5,
     criterion: str = "magnitude",
@@ -50,7 +62,11 @@ def prune(
     """
 
     def apply(net: nn.Module, trainer: Trainer) -> Made:
-        initial = dict(trainer.make().named_parameters())
+        initial = None
+        if rewind or criterion in FROM_START:
+            initial = dict(trainer.make().named_parameters())
+            if {name: p.shape for name, p in initial.items()} != {name: p.shape for name, p in net.named_parameters()}:
+                raise PomonaError("an earlier edit changed the network's shape, so it has no first weights")
         generator = torch.Generator().manual_seed(trainer.seed)
         masks = mask_least(net, criterion, density, scope, initial=initial, generator=generator)
         if rewind:
@@ -60,5 +76,99 @@ def prune(
     return Step(apply)
 
 
-REBUILD: dict[str, Callable[..., nn.Module]] = {}
+def prune_units(keep: float = 0.5, by: str = "l2") -> Step:
+    """``edit=prune_units``: the best units of every axis (neurons, channels, heads) stay, the others are cut out, and
+    the smaller network is trained once more (arXiv 1608.08710).
+    """
+
+    def apply(net: nn.Module, trainer: Trainer) -> Made:
+        axes = trace_axes(net, trainer.example)
+        generator = torch.Generator().manual_seed(trainer.seed)
+        small = take(net, axes, keep, by, generator=generator)
+        return Made(trainer.train(small.net).net, {"edit": "prune_units", "keep": keep})
+
+    return Step(apply)
+
+
+def widen(factor: float = 2.0, noise: float = 0.01) -> Step:
+    """``edit=widen``: units of every axis that is free to grow are copied until it is ``factor`` times as wide, which
+    changes the function by no more than the noise, and the wider network is trained once more (arXiv 1511.05641).
+    """
+    check_positive(factor=factor)
+
+    def apply(net: nn.Module, trainer: Trainer) -> Made:
+        wide = _wider(net, trainer.example, factor, noise, trainer.seed)
+        return Made(trainer.train(wide).net, {"edit": "widen", "factor": factor})
+
+    return Step(apply)
+
+
+def _wider(net: nn.Module, example: torch.Tensor, factor: float, noise: float = 0.0, seed: int = 0) -> nn.Module:
+    axes = trace_axes(net, example)
+    generator = torch.Generator().manual_seed(seed)
+    copies = {}
+    for axis in axes:
+        if axis.kind == "unit" and axis.groups == 1 and not axis.tied and not axis.coupled:
+            copies[axis.name] = torch.randint(axis.size, (round((factor - 1) * axis.size),), generator=generator)
+    return duplicate(net, axes, copies, noise, generator=generator).net
+
+
+def merge_units(beta: float = 0.1, max_ratio: float = 1.0) -> Step:
+    """``edit=merge_units``: units with nearly equal weights become one, without training (arXiv 2310.06756)."""
+
+    def apply(net: nn.Module, trainer: Trainer) -> Made:
+        merged = iterative_feature_merging(net, trainer.example, beta=beta, max_ratio=max_ratio)
+        groups = {name: [g for g in found if len(g) > 1] for name, found in merged.groups.items()}
+        return Made(merged.edit.net, {"edit": "merge_units", "groups": {k: v for k, v in groups.items() if v}})
+
+    return Step(apply, trainings=0)
+
+
+def _merged(net: nn.Module, example: torch.Tensor, groups: dict[str, list[list[int]]]) -> nn.Module:
+    net = fold_batch_norms(net, example).net
+    return merge(net, trace_axes(net, example), groups).net
+
+
+def quantize(
+    bits: int = 8,
+    act_bits: int = 8,
+    granularity: Literal["tensor", "channel"] = "channel",
+    mode: Literal["ptq", "qat"] = "ptq",
+) -> Step:
+    """``edit=quantize``: weights and activations on grids of ``2^bits`` values, after the training or, with
+    ``mode=qat``, through one more (arXiv 2103.13630).
+    """
+    weights, acts = Quantizer(bits, granularity=granularity), Quantizer(act_bits, symmetric=False, signed=False)
+
+    def apply(net: nn.Module, trainer: Trainer) -> Made:
+        rows = trainer.example if trainer.task is None else trainer.task.splits["train"].x[:256]
+        rows = rows.to(trainer.example.dtype)
+        made = quantized(net, rows, weights, acts, mode=mode)
+        how = {"bits": bits, "act_bits": act_bits, "granularity": granularity, "mode": mode}
+        return Made(trainer.train(made).net if mode == "qat" else made, {"edit": "quantize", **how})
+
+    return Step(apply, trainings=int(mode == "qat"))
+
+
+def _on_grids(
+    net: nn.Module, example: torch.Tensor, bits: int, act_bits: int, granularity: Any, mode: Any
+) -> nn.Module:
+    acts = Quantizer(act_bits, symmetric=False, signed=False)
+    return quantized(net, example, Quantizer(bits, granularity=granularity), acts, mode=mode)
+
+
+def _stitched(net: nn.Module, example: torch.Tensor, back: dict[str, Any], at: int | None) -> nn.Module:
+    from pomona.recipe.execute import fresh
+    from pomona.zoo import Record
+
+    return stitched(net, fresh(Record(recipe=back["recipe"], task=back["task"], extra=back["extra"])), example, at)
+
+
+REBUILD: dict[str, Callable[..., nn.Module]] = {
+    "prune_units": lambda net, example, keep: take(net, trace_axes(net, example), keep).net,
+    "widen": _wider,
+    "merge_units": _merged,
+    "quantize": _on_grids,
+    "stitch": _stitched,
+}
 """Edits that change shapes -> (fresh network, example, what the edit left) -> network of the edited shape."""

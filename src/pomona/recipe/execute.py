@@ -248,6 +248,18 @@ def example_rows(inputs: Inputs, count: int = 8) -> Tensor:
     return x
 
 
+def fresh(record: Record) -> nn.Module:
+    """The network that a record's weights fit, with weights of its own: rebuilt from its recipe and its edits."""
+    recipe = Recipe.parse(record.recipe)
+    specs = specs_of(record)
+    net = recipe.build(specs)
+    rule = options.make("rule", recipe.train_settings().rule)
+    if type(rule) is not Backprop:
+        example = example_rows(specs.inputs, 2), torch.zeros(2, dtype=torch.long)
+        net = Predictor(net, rule, rule.init(net, nn.functional.cross_entropy, example))
+    return rebuilt(_ordinary(net), example_rows(specs.inputs, 2), record.extra.get("rebuild", []))
+
+
 def restore(zoo: Zoo, id: str) -> Restored:
     """The network of a record, rebuilt from its recipe and weights.
 
@@ -262,13 +274,7 @@ def restore(zoo: Zoo, id: str) -> Restored:
     state = zoo.state(record.id)
     recipe = Recipe.parse(record.recipe)
 
-    specs = specs_of(record)
-    net = recipe.build(specs)
-    rule = options.make("rule", recipe.train_settings().rule)
-    if type(rule) is not Backprop:
-        example = example_rows(specs.inputs, 2), torch.zeros(2, dtype=torch.long)
-        net = Predictor(net, rule, rule.init(net, nn.functional.cross_entropy, example))
-    net = rebuilt(_ordinary(net), example_rows(specs.inputs, 2), record.extra.get("rebuild", []))
+    net = fresh(record)
     widest = next((value.dtype for value in state.values() if value.is_floating_point()), torch.float32)
     try:
         net.to(widest).load_state_dict(state)

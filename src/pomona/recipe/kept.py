@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pomona import options
 from pomona.data import load
 from pomona.data.task import Task
+from pomona.edit.stitch_layer import stitched
 from pomona.errors import PomonaError, check_positive
 from pomona.nets import cost as costs
 from pomona.recipe.edits import Trainer
@@ -142,3 +143,78 @@ def family(zoo: Zoo, id: str) -> tuple[list[Record], dict[str, list[Record]]]:
 def _dtype(net: nn.Module) -> torch.dtype:
     found: Tensor | None = next((p for p in net.parameters() if p.is_floating_point()), None)
     return torch.float32 if found is None else found.dtype
+
+
+def merge_kept(
+    zoo: Zoo, ids: list[str], *, method: str = "weights", data: Any = None, target: str | None = None, seed: int = 0
+) -> Record:
+    """Merge networks of one recipe by Git Re-Basin, and keep the average with all of them as parents.
+
+    Args:
+        zoo: where they are.
+        ids: of two or more networks.
+        method: as in :func:`pomona.edit.git_rebasin.match`.
+        data, target: as in :func:`edit_kept`; with them batch norms are estimated anew, too.
+        seed: of every draw.
+
+    Raises:
+        PomonaError: networks of different shape (the first difference is named), or other data.
+    """
+    from pomona.edit.git_rebasin import merge_models, repair
+    from pomona.trace.axes import axes as trace_axes
+
+    old = [restore(zoo, id) for id in ids]
+    task = None if data is None else same_data(old[0], data, target)
+    rows = None if task is None else tuple(task.splits["train"])
+    nets = [one.network for one in old]
+    example = example_for(old[0])
+    merged = merge_models(nets, trace_axes(nets[0], example), method, data=rows, seed=seed)  # type: ignore[arg-type]
+    if rows is not None and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in merged.modules()):
+        merged = repair(merged, rows[0][:2048].to(_dtype(merged)))
+    edit = "merge" if method == "weights" else f"merge:method={method}"
+    extra = {"edit": edit, "rebuild": old[0].record.extra.get("rebuild", [])}
+    return keep(zoo, merged.eval(), old, task, seed, extra)
+
+
+def stitch_kept(
+    zoo: Zoo,
+    front: str,
+    back: str,
+    *,
+    at: int | None = None,
+    data: Any = None,
+    target: str | None = None,
+    epochs: float = 0,
+    seed: int = 0,
+) -> Record:
+    """The first blocks of one network, a linear stitch fitted by least squares, the last blocks of another; kept.
+
+    Args:
+        zoo: where both are.
+        front, back: ids.
+        at: blocks of the front network's body before the stitch; half of them by default.
+        data, target: as in :func:`edit_kept`; the stitch is fitted on training rows and the result is measured.
+            Without them it is fitted on random inputs.
+        epochs: of training all of it afterwards; none by default.
+        seed: of every draw.
+
+    Raises:
+        PomonaError: networks that cannot be cut alike, or other data.
+    """
+    a, b = restore(zoo, front), restore(zoo, back)
+    task = None if data is None else same_data(a, data, target)
+    if b.record.task["fingerprint"] != a.record.task["fingerprint"]:
+        raise PomonaError(
+            f"network {b.record.id} was trained on {b.record.task['name']}, network {a.record.id} on "
+            f"{a.record.task['name']}; both ends of a stitch must know one task"
+        )
+    rows = example_for(a) if task is None else task.splits["train"].x[:100].to(_dtype(a.network))
+    net = stitched(a.network, b.network, rows, at)
+    training = a.recipe.train_settings()
+    steps = 0 if task is None else max(1, round(epochs * len(task.splits["train"]) / training.batch_size))
+    trainer = Trainer(lambda: net, rows, task, training, steps, seed)
+    done = trainer.train(net) if steps else Trainer(lambda: net, rows).train(net)
+    back_made = {"recipe": b.record.recipe, "task": b.record.task, "extra": b.record.extra}
+    rebuild = [*a.record.extra.get("rebuild", []), {"edit": "stitch", "back": back_made, "at": at}]
+    extra = {"edit": "stitch" if at is None else f"stitch:at={at}", "rebuild": rebuild}
+    return keep(zoo, done.net.eval(), [a, b], task, seed, extra, {"seconds": done.seconds})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Literal
 
 from pomona.data import Task, load
@@ -179,7 +180,7 @@ class _progress:
             return self.wanted
         if not self.wanted:
             return None
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
         self.bar = Bar(
@@ -187,16 +188,21 @@ class _progress:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
         )
         self.bar.start()
         self.line = self.bar.add_task("starting", total=None)
         return self._report
 
     def _report(self, now: Progress) -> None:
-        best = f"  best so far {now.best[0]}" if now.best else ""
         what = {"tune": "tuning", "seed": "training", "reference": "fitting"}[now.phase]
-        self.bar.update(self.line, completed=now.done, total=now.total, description=f"{what} {now.candidate}{best}")
+        parts = [f"{what} {now.candidate}" + (f", {now.members} together" if now.members > 1 else "")]
+        if now.candidates[1]:
+            parts.append(f"{now.candidates[0]} of {now.candidates[1]} candidates done")
+        if now.best:
+            parts.append(f"best so far {now.best[0]} ({abs(now.best[1]):.3g})")
+        if now.left is not None:
+            parts.append(f"{timedelta(seconds=round(now.left))} left")
+        self.bar.update(self.line, completed=now.done, total=now.total, description=" | ".join(parts))
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:

@@ -31,7 +31,10 @@ class Progress:
         total: trainings in all.
         candidate: the one being trained.
         phase: ``tune``, ``seed`` or ``reference``.
-        best: label and validation score of the best candidate so far.
+        best: label and validation score of the best candidate so far, larger is better.
+        members: how many networks are trained together now.
+        candidates: candidates finished, and all.
+        left: seconds left by the pace so far; ``None`` before anything is finished.
     """
 
     done: int
@@ -39,6 +42,9 @@ class Progress:
     candidate: str
     phase: str
     best: tuple[str, float] | None = None
+    members: int = 1
+    candidates: tuple[int, int] = (0, 0)
+    left: float | None = None
 
 
 class Unit(NamedTuple):
@@ -95,6 +101,21 @@ class Runner:
         self.total = len(recipes) * (protocol.tuning_trials + len(protocol.seeds))
         self.finished = 0
         self.best: tuple[str, float] | None = None
+        self.told: set[tuple[str, str, int]] = set()
+        self.single: set[str] = set()  # candidates that turned out not to stack
+        self.start, self.ready = time.perf_counter(), len(self.done)
+
+    def tell(self, label: str, phase: str, done: int, members: int = 1) -> None:
+        """Tell where the study is."""
+        if self.report is None:
+            return
+        trained = len(self.done) - self.ready  # what the zoo had at first took no time
+        pace = (time.perf_counter() - self.start) / trained if trained else None
+        each = self.protocol.tuning_trials + len(self.protocol.seeds)
+        counts = {name: sum(key[0] == name for key in self.done) for name in self.recipes}
+        over = sum(count >= each for count in counts.values())
+        left = None if pace is None else pace * (self.total - len(self.done))
+        self.report(Progress(done, self.total, label, phase, self.best, members, (over, len(self.recipes)), left))
 
     def run(self) -> None:
         """Tune every candidate, then train its chosen settings once a seed."""
@@ -125,16 +146,16 @@ class Runner:
                 if (unit.label, unit.phase, unit.number) not in self.done:
                     groups.setdefault(structure(unit.recipe), []).append(unit)
             for group in groups.values():
-                if len(group) > 1:
+                if len(group) > 1 and group[0].label not in self.single:
                     self.stack(group)
         return [self.unit(*unit) for unit in units]
 
     def stack(self, group: list[Unit]) -> None:
         """Train units as one and keep each; where that fails a note says why, and they are left to be done singly."""
         label = group[0].label
-        if self.report is not None:
-            for i, unit in enumerate(group):
-                self.report(Progress(self.finished + i, self.total, label, unit.phase, self.best))
+        for i, unit in enumerate(group):
+            self.tell(label, unit.phase, self.finished + i, len(group))
+            self.told.add((label, unit.phase, unit.number))
         try:
             trained = train_population(
                 [(unit.recipe, unit.seed) for unit in group], self.task, self.protocol.budget, device=self.device
@@ -144,6 +165,7 @@ class Runner:
             note = f"{label} was trained one network at a time: {reason.splitlines()[0]}"
             if note not in self.notes:
                 self.notes.append(note)
+            self.single.add(label)
             return
         for unit, one in zip(group, trained, strict=True):
             record, net = self.blank(*unit), None
@@ -159,8 +181,8 @@ class Runner:
         """
         record = self.done.get((label, phase, index))
         if record is None:
-            if self.report is not None:
-                self.report(Progress(self.finished, self.total, label, phase, self.best))
+            if (label, phase, index) not in self.told:  # before a stack that came to nothing
+                self.tell(label, phase, self.finished)
             record, net = self.train(label, recipe, phase, index, seed)
             record = self.keep(label, phase, index, record, net)
         self.finished += 1

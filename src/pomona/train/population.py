@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,13 +21,19 @@ from pomona.train.loop import Fit, _Run
 from pomona.train.rule import Backprop, split_tensors
 from pomona.train.settings import Training
 from pomona.train.stacked_data import difference, signature
-from pomona.train.stacked_run import Stack
+from pomona.train.stacked_run import WORTH_TRACING, Stack
 
 SHARED = ("rule", "optimizer", "batch_size", "loss", "precision", "device")
 """Settings that all members of a population have in common."""
 
-CACHE = 24 * 2**20
-"""Bytes that a stack may work on at once before it falls off the caches, on the machines measured."""
+SMALLEST = 8
+"""Members from which on a stack is worth its overhead; smaller chunks are not tried."""
+
+LONG = 20_000
+"""Steps times members from which on the work repays measuring how many to train at once."""
+
+REPAY = 20
+"""How many times longer than another measurement the training must be."""
 
 
 class CannotStack(PomonaError):
@@ -129,7 +137,7 @@ def fit_population(
         validations: as in :func:`pomona.train.fit`.
         keep: ``best`` weights on validation, or the ``last``.
         on_validation: called as ``on_validation(member, entry)``.
-        stack_size: how many are trained at once; by default what fits caches and memory.
+        stack_size: how many are trained at once; by default what a short measurement finds, within memory.
 
     Raises:
         CannotStack: with the reason.
@@ -142,7 +150,7 @@ def fit_population(
     reason = can_stack(members, task, budget=budget)
     if reason is not None:
         raise CannotStack(reason)
-    size = stack_size or choose_stack_size(members, task)
+    size = stack_size or choose_stack_size(members, task, budget)
     fits: list[Fit] = []
     for start in range(0, len(members), size):
         told = None if on_validation is None else _shifted(on_validation, start)
@@ -154,8 +162,8 @@ def _shifted(told: Callable[[int, dict[str, float]], None], by: int) -> Callable
     return lambda i, entry: told(by + i, entry)
 
 
-def choose_stack_size(members: Sequence[Member], task: Task) -> int:
-    """How many members to train at once: what one stack works on stays in the caches, and well within memory.
+def choose_stack_size(members: Sequence[Member], task: Task, budget: Budget | None = None) -> int:
+    """How many members to train at once: as many as memory allows, or fewer where a few measured steps are faster so.
 
     A chunk that memory cuts short is told of by a warning.
     """
@@ -169,9 +177,37 @@ def choose_stack_size(members: Sequence[Member], task: Task) -> int:
             f"{possible} at a time",
             stacklevel=3,
         )
-    wanted = possible if on_gpu else max(8, int(CACHE // bytes_each))
-    chunks = -(-len(members) // max(1, min(possible, wanted)))
-    return -(-len(members) // chunks)  # chunks of one size are traced alike and waste nothing
+    fewest = -(-len(members) // min(possible, len(members)))
+    # chunks of one size are traced alike and waste nothing
+    first, *others = (-(-len(members) // (fewest * factor)) for factor in (1, 2, 4))
+    sizes = [first, *(size for size in others if size >= SMALLEST)]
+    steps = (members[0].budget or budget or Budget()).steps(
+        len(task.splits["train"]), members[0].training.batch_size, members[0].flops_per_example
+    )
+    if on_gpu or len(sizes) == 1 or not steps or steps * len(members) < LONG:
+        return first
+    best, pace = first, math.inf
+    for size in sizes:
+        start = time.perf_counter()
+        found = _pace(members[:size], task, budget or Budget())
+        if found >= pace:
+            break
+        best, pace = size, found
+        if REPAY * (time.perf_counter() - start) > pace * steps * len(members):
+            break
+    return best
+
+
+def _pace(members: Sequence[Member], task: Task, budget: Budget) -> float:
+    """Seconds a member and step, the best of a few steps; the members are as before."""
+    stack = Stack(members, task, budget)
+    stack.remaining, seconds = WORTH_TRACING, []
+    with torch.no_grad():
+        for number in range(min(10, max(stack.totals))):
+            start = time.perf_counter()
+            stack.step(number)
+            seconds.append(time.perf_counter() - start)
+    return min(seconds) / len(members)
 
 
 def member_bytes(member: Member, task: Task) -> int:

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.nn import functional as F
 
 from pomona.data.task import Task
-from pomona.train.stacked_functions import StackedFunctions
 
 
 class Orders:
@@ -46,17 +45,20 @@ class Orders:
             self.epoch = self.epoch[:, rows.to(self.epoch.device)]
 
 
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of ``x`` at ``index`` (...,) as (..., *row)."""
-    return x.index_select(0, index.reshape(-1)).view(*index.shape, *x.shape[1:])
+def gather(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """Rows of ``x`` at ``index`` (...,) as (..., *row), in the memory of ``out``."""
+    return torch.index_select(x, 0, index.reshape(-1), out=out).view(*index.shape, *x.shape[1:])
 
 
 def scores(task: Task, outputs: Tensor, y: Tensor) -> list[dict[str, float]]:
     """``task.score`` of every member's outputs (members, n, ...)."""
     if type(task).score is not Task.score or task.metric not in {"accuracy", "log_loss"}:
         return [task.score(output, y) for output in outputs]
-    with StackedFunctions([], fast=True):
-        losses = vmap(task.loss, in_dims=(0, None))(outputs, y).tolist()
+    if type(task).loss is Task.loss and task.outputs.kind == "classes":
+        rows = F.cross_entropy(outputs.flatten(0, 1), y.repeat(len(outputs)), reduction="none")
+        losses = rows.view(len(outputs), -1).mean(1).tolist()
+    else:
+        losses = [float(task.loss(output, y)) for output in outputs]
     if task.metric == "log_loss":
         return [{"loss": loss, "log_loss": loss} for loss in losses]
     right = (outputs.argmax(-1) == y).float().mean(1).tolist()

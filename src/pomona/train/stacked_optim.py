@@ -113,14 +113,17 @@ class FlatOptimizer:
             else [(slice(s.start, s.stop), column(s.scales)) for s in self.layout.segments]
         )
 
-    def step(self, grad: Tensor, lr: Tensor) -> None:
-        """Update the parameters; ``grad`` (members, P) is used up, ``lr`` is (members, 1)."""
+    def step(self, grad: Tensor, lr: Tensor, same: float | None = None) -> None:
+        """Update the parameters; ``grad`` (members, P) is used up, ``lr`` is (members, 1), ``same`` if it is one."""
         if self.name == "adamw":
             for columns, scale, decay in self.decayed:
                 self.flat[:, columns].mul_(1 - lr * scale * decay)
         else:
             for columns, _, decay in self.decayed:
                 grad[:, columns].addcmul_(self.flat[:, columns], decay)
+        if same is not None and self.scaled[0][1] is None and self.delta is not None:
+            self._adam(self.flat, grad, same)
+            return
         direction = self._direction(grad)
         for columns, factor in self.scaled:
             rate = lr if factor is None else lr * factor
@@ -130,13 +133,7 @@ class FlatOptimizer:
         """What is added to the parameters at a rate of 1."""
         if self.name in {"adam", "adamw"}:
             # the fused kernel at rate 1 on zeros leaves the negative direction, which each member scales by its rate
-            self.delta.zero_()  # type: ignore[union-attr]
-            self.steps += 1
-            torch._fused_adam_(
-                [self.delta], [grad], [self.first], [self.second], [], [self.steps], lr=1.0,  # type: ignore[list-item]
-                beta1=0.9, beta2=0.999,
-                weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
-            )  # fmt: skip
+            self._adam(self.delta.zero_(), grad, 1.0)  # type: ignore[union-attr]
             return self.delta  # type: ignore[return-value]
         if self.name == "rmsprop":
             self.second.mul_(0.99).addcmul_(grad, grad, value=0.01)  # type: ignore[union-attr]
@@ -145,6 +142,13 @@ class FlatOptimizer:
             return grad.neg_()
         self.first.mul_(self.momentum).add_(grad)
         return grad.addcmul_(self.first, self.momentum).neg_() if self.name == "nesterov" else self.first.neg()
+
+    def _adam(self, params: Tensor, grad: Tensor, lr: float) -> None:
+        self.steps += 1
+        torch._fused_adam_(
+            [params], [grad], [self.first], [self.second], [], [self.steps], lr=lr,  # type: ignore[list-item]
+            beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
+        )  # fmt: skip
 
     def take(self, rows: Tensor, flat: Tensor) -> None:
         """Keep only these members; ``flat`` holds their parameters."""
@@ -170,16 +174,18 @@ class Clipping:
     def __init__(self, limits: Sequence[float | None], like: Tensor) -> None:
         self.any = any(limit is not None for limit in limits)
         given = [torch.inf if limit is None else limit for limit in limits]
-        self.limits = torch.tensor(given, dtype=like.dtype, device=like.device)
+        self.limits = torch.tensor(given, dtype=like.dtype, device=like.device).unsqueeze(1)
+        self.free = self.limits.isinf() if None in limits else None
 
     def __call__(self, grad: Tensor) -> None:
         """Clip ``grad`` (members, P) in place."""
         if self.any:
-            norms = torch.linalg.vector_norm(grad, dim=1)
-            factor = (self.limits / (norms + 1e-6)).clamp_(max=1.0)
+            norms = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
+            factor = (self.limits / norms.add_(1e-6)).clamp_(max=1.0)
             # a member without a limit stays untouched even when its norm is not a number
-            grad.mul_(torch.where(self.limits.isinf(), 1.0, factor).unsqueeze(1))
+            grad.mul_(factor if self.free is None else factor.masked_fill_(self.free, 1.0))
 
     def take(self, rows: Tensor) -> None:
         """Keep only these members."""
         self.limits = self.limits[rows]
+        self.free = None if self.free is None else self.free[rows]

@@ -6,11 +6,11 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pomona import options
 from pomona.data.task import Task
@@ -19,15 +19,16 @@ from pomona.train.loop import Fit, _full, _Run
 from pomona.train.rule import Tensors, split_tensors
 from pomona.train.stacked_data import Orders, gather, scores
 from pomona.train.stacked_optim import Clipping, FlatOptimizer, Layout
-from pomona.train.stacked_step import StepMaker, Stepped, trace
+from pomona.train.stacked_step import StepMaker, Stepped, TracedStep, trace
+from pomona.train.stacked_trace import Untraceable
 
 if TYPE_CHECKING:
     from pomona.train.population import Member
 
-WORTH_TRACING = 100
+WORTH_TRACING = 10
 """Steps from which on the traced step repays its making."""
 
-ROWS = 16_384
+ROWS = 2048
 """Rows of all members together in one pass over the validation split."""
 
 
@@ -83,6 +84,7 @@ class Stack:
             view.copy_(own[name])
 
         self._budgets(members, validations)
+        self.transformed = any(run.transforms for run in self.runs)
         trainings = [run.training for run in self.runs]
         self.optimizer = FlatOptimizer(
             trainings[0].optimizer, self.flat, self.layout, [training.momentum for training in trainings]
@@ -148,6 +150,8 @@ class Stack:
             rates[:total, i, 0] = row
             rates[total:, i, 0] = 0.0
         self.rates = rates.to(self.device, self.flat.dtype)
+        same = bool((rates == rates[:, :1]).all())
+        self.rate: list[float | None] = rates[:, 0, 0].tolist() if same else [None] * longest
 
     def _bind(self) -> None:
         """Views and working buffers for the members that are in the stack now."""
@@ -155,53 +159,52 @@ class Stack:
         self.grad = torch.zeros_like(self.flat)
         self.rows = [self.layout.views(row) for row in self.grad]
         self.live = self.maker.step(self.orders.shared)
-        self.graph: Callable[..., Any] | None = None
+        self.given = {**self.params, **self.fixed}
+        count = (1 if self.orders.shared else len(self.ids)) * self.orders.size
+        self.batch = [t.new_empty(count, *t.shape[1:]) for t in self.train]  # one memory for all steps' batches
+        self.noise = torch.empty(len(self.ids), self.orders.size, self.maker.rule.noise, device=self.device)
+        self.traced: Callable[..., Stepped] | None = None
+        self.predicting: dict[int, Callable[..., Tensor]] = {}
         self.project = self.maker.project() if self.maker.hooked else None
 
     # -- running -----------------------------------------------------------------------------------------------------
 
-    def gradients(self, x: Tensor, y: Tensor, noise: Tensor, draws: list[Tensor]) -> Stepped:
-        """The step of all members, by its traced form where there is one."""
-        args = ({**self.params, **self.fixed}, self.buffers, self.state, x, y, noise, draws)
-        if self.remaining >= WORTH_TRACING and self.graph is None:
-            self._trace(args)
-        if self.graph is None:
-            return self.live(*args)
-        return pytree.tree_unflatten(self.graph(*pytree.tree_leaves(args)), self.spec)
-
-    def _trace(self, args: tuple[Any, ...]) -> None:
-        start = time.perf_counter()
-        leaves, given = pytree.tree_flatten(args)
-
-        def flat(*leaves: Tensor) -> list[Tensor]:
-            values, self.spec = pytree.tree_flatten(self.live(*pytree.tree_unflatten(leaves, given)))
-            return values
-
-        self.graph = trace(flat, *leaves)
-        self.trace_seconds = time.perf_counter() - start
+    def gradients(self, x: Tensor, y: Tensor, noise: Tensor, draws: list[Tensor]) -> Tensor:
+        """All members' gradients into the flat buffer, by the traced step where there is one; returns the losses."""
+        args = (self.given, self.buffers, self.state, x, y, noise, draws)
+        if self.traced is None and self.remaining >= WORTH_TRACING:
+            start = time.perf_counter()
+            try:
+                self.traced = TracedStep(self.live, args)
+            except Untraceable:
+                self.traced = self.live
+            self.trace_seconds = time.perf_counter() - start
+        stepped = (self.traced or self.live)(*args)
+        self.layout.gather(stepped.grads, self.grad)
+        self.buffers, self.state = stepped.buffers, stepped.state
+        return stepped.losses
 
     def step(self, number: int) -> None:
         """One optimiser step of every member."""
         index = self.orders.next()
-        x, y = gather(self.train.x, index), gather(self.train.y, index)
-        rule = self.maker.rule
-        noise = torch.empty(len(self.ids), self.orders.size, rule.noise, device=self.device)
-        if rule.noise:
+        x, y = gather(self.train.x, index, self.batch[0]), gather(self.train.y, index, self.batch[1])
+        noise = self.noise
+        if noise.numel():
             for row, i in zip(noise, self.ids, strict=True):
                 row.uniform_(generator=self.runs[i].generator)
         draws = [draw.members([self.generators[i] for i in self.ids]) for draw in self.draws]
-        stepped = self.gradients(x, y, noise, draws)
-        self.layout.gather(stepped.grads, self.grad)
-        self.buffers, self.state = stepped.buffers, stepped.state
-        self._transform(number, after_clip=False)
+        losses = self.gradients(x, y, noise, draws)
+        if self.transformed:
+            self._transform(number, after_clip=False)
         self.clip(self.grad)
-        self._transform(number, after_clip=True)
-        self.optimizer.step(self.grad, self.rates[number])
+        if self.transformed:
+            self._transform(number, after_clip=True)
+        self.optimizer.step(self.grad, self.rates[number], self.rate[number])
         if self.project is not None:
-            params, self.buffers = self.project({**self.params, **self.fixed}, self.buffers)
+            params, self.buffers = self.project(self.given, self.buffers)
             for name, view in self.params.items():
                 view.copy_(params[name])
-        self.running += stepped.losses
+        self.running += losses
 
     def _transform(self, number: int, after_clip: bool) -> None:
         """Each member's gradient transforms on its own row, with its own generator, as it does alone."""
@@ -217,18 +220,17 @@ class Stack:
         size = self.orders.size
         clock = time.perf_counter()
         began = clock
+        taken, last = 0, max(self.totals)
         with torch.no_grad():
-            for number in range(max(self.totals)):
-                self.remaining = max(self.totals) - number
-                self.step(number)
-                taken = number + 1
-                due = []
-                for row, i in enumerate(self.ids):
-                    self.since[i] += 1
-                    if self.active[i] and (self.since[i] >= self.every[i] or taken == self.totals[i]):
-                        due.append((row, i))
-                if not due:
-                    continue
+            while taken < last and any(self.active):
+                quiet = self._until_due(taken)
+                for number in range(taken, taken + quiet):
+                    self.remaining = last - number
+                    self.step(number)
+                taken += quiet
+                for i in self.ids:
+                    self.since[i] += quiet
+                due = [(row, i) for row, i in enumerate(self.ids) if self.active[i] and self._is_due(i, taken)]
                 found = self.validate()
                 running = self.running.tolist()
                 now = time.perf_counter()
@@ -247,11 +249,18 @@ class Stack:
                     self.results[i].steps, self.results[i].examples = taken, taken * size
                     self.running[row], self.since[i] = 0.0, 0
                     self._judge(row, i, entry, taken == self.totals[i])
-                if not any(self.active):
-                    break
-                longest = max(self.totals[i] for i in self.ids if self.active[i])
-                self._compact((now - began) / taken, longest - taken)
+                last = max((self.totals[i] for i in self.ids if self.active[i]), default=taken)
+                self._compact((now - began) / taken, last - taken)
         return self._finish()
+
+    def _until_due(self, taken: int) -> int:
+        """Steps until the next validation of any member."""
+        return min(
+            min(self.every[i] - self.since[i], self.totals[i] - taken) for i in self.ids if self.active[i]
+        )  # fmt: skip
+
+    def _is_due(self, i: int, taken: int) -> bool:
+        return self.since[i] >= self.every[i] or taken == self.totals[i]
 
     def _judge(self, row: int, i: int, entry: dict[str, float], last: bool) -> None:
         """Enter a validation of member ``i``, and see whether it goes on."""
@@ -280,13 +289,24 @@ class Stack:
 
     def validate(self) -> list[dict[str, float]]:
         """Loss and ranking metric of every member in the stack on the validation split."""
-        self.maker.net.eval()
-        predict = self.maker.predict()
-        params = {**self.params, **self.fixed}
+        args = self.given, self.buffers, self.state
         parts = self.valid.x.split(max(1, min(4096, ROWS // len(self.ids))))
-        outputs = torch.cat([_full(predict(params, self.buffers, self.state, x)) for x in parts], 1)
-        self.maker.net.train()
+        outputs = torch.cat([_full(self._predict(x, *args)) for x in parts], 1)
         return scores(self.task, outputs.cpu(), self.valid.y.cpu())
+
+    def _predict(self, x: Tensor, *args: Tensors) -> Tensor:
+        """Outputs of every member; traced when the same is asked for often enough."""
+        self.maker.net.eval()
+        if len(x) not in self.predicting:
+            live = self.maker.predict()
+            often = self.remaining >= 2 * min(self.every)
+            self.predicting[len(x)] = live
+            if often:
+                with suppress(Untraceable):
+                    self.predicting[len(x)] = trace(live, *args, x)
+        outputs = self.predicting[len(x)](*args, x)
+        self.maker.net.train()
+        return outputs
 
     def _compact(self, step_seconds: float, left: int) -> None:
         """Let members that have stopped go, when that saves more than tracing the step again costs.

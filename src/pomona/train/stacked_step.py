@@ -1,19 +1,21 @@
-"""One training step of many equal networks at once: gradients, buffers and losses, by vmap, traced to plain calls."""
+"""One training step of many equal networks at once: gradients, buffers and losses, by vmap."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.fx import Graph, GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from pomona.train.rule import Backprop, Loss, Rule, Tensors, _WithAuxiliary, with_hook
 from pomona.train.stacked_functions import Draw, StackedFunctions
+from pomona.train.stacked_trace import Trace as trace
+
+__all__ = ["StepMaker", "Stepped", "TracedStep", "trace"]
 
 
 class Stepped(NamedTuple):
@@ -69,7 +71,7 @@ class StepMaker:
         with self.autocast():
             output, extra = functional_call(_WithAuxiliary(self.net, self.auxiliary), prefixed, (x,))
             value = self.loss(output, y)
-        return value + extra, after
+        return (value + extra if self.auxiliary else value), after
 
     def step(self, shared: bool) -> Callable[..., Stepped]:
         """step(params, buffers, state, x, y, rule noise, draws) -> :class:`Stepped`, every argument stacked.
@@ -142,48 +144,24 @@ class _Projection(nn.Module):
                 module.post_step()  # type: ignore[operator]
 
 
-# -- tracing -----------------------------------------------------------------------------------------------------
+class TracedStep:
+    """A step of :meth:`StepMaker.step`, traced; called often, so without nests.
 
-_ATEN = torch.ops.aten
-_ALIASES = {_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh_copy.default}
-_RESHAPES = {_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.expand.default, _ATEN.reshape.default}
+    Args:
+        step: the step.
+        args: its arguments.
+    """
 
+    def __init__(self, step: Callable[..., Stepped], args: tuple[Any, ...]) -> None:
+        self.trace = trace(step, *args)
+        example = pytree.tree_unflatten([None] * self.trace.spec.num_leaves, self.trace.spec)
+        self.names = [list(part) for part in example[:3]]
 
-def trace(function: Callable[..., Any], *args: Any) -> GraphModule:
-    """``function`` at these shapes as a list of plain tensor calls, without vmap's or autograd's overhead."""
-    graph = make_fx(function, _allow_non_fake_inputs=True)(*args)
-    tidy(graph.graph)
-    graph.recompile()
-    return graph
-
-
-def tidy(graph: Graph) -> None:
-    """Drop calls that change nothing: aliases, and views of a shape as itself."""
-    written = any(node.op == "call_function" and _mutates(node.target) for node in graph.nodes)
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        first = node.args[0] if node.args else None
-        if node.target in _ALIASES - ({_ATEN.lift_fresh_copy.default} if written else set()) or (
-            node.target in _RESHAPES and _same(node, first)
-        ):
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-    if not written:
-        graph.eliminate_dead_code()
-
-
-def _mutates(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
-def _same(node: Any, first: Any) -> bool:
-    new, old = node.meta.get("val"), getattr(first, "meta", {}).get("val")
-    return (
-        isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape and new.stride() == old.stride()
-    )
-
-
-def shapes_of(batch: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """Shapes, as a key of traced steps."""
-    return tuple(tuple(t.shape) for t in batch)
+    def __call__(self, params: Tensors, buffers: Tensors, state: Tensors, *others: Any) -> Stepped:
+        """As the step itself."""
+        *tensors, draws = others
+        given = (*params.values(), *buffers.values(), *state.values(), *tensors, *draws)
+        *found, losses = self.trace.run(*given)
+        each = iter(found)
+        grads, buffers, state = ({name: next(each) for name in names} for names in self.names)
+        return Stepped(grads, buffers, state, losses)
