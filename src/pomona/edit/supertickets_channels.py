@@ -34,7 +34,7 @@ def axis_of(axes: AxisSet, factor: str) -> str:
 
 
 def channel_flops(net: nn.Module, axes: AxisSet, factors: Patterns) -> dict[str, float]:
-    """FLOPs that one channel adds to the forward pass of an example, by name of the factor.
+    """FLOPs that one channel adds to the forward pass of an example, by name of the factor; none where all must stay.
 
     Args:
         net: the traced network.
@@ -45,11 +45,18 @@ def channel_flops(net: nn.Module, axes: AxisSet, factors: Patterns) -> dict[str,
         PomonaError: two of these scales along one axis, or one whose channels cannot be cut.
     """
     scales = [f"{name}.weight" for name, module in net.named_modules() if isinstance(module, NORM_LAYERS)]
-    axis = {name: axis_of(axes, name) for name in scales if matches(name, factors)}
+    names = [name for name in scales if matches(name, factors)]
+    single = [name for name in names if not axes.at(name, 0) and len(net.get_parameter(name)) == 1]
+    axis = {name: axis_of(axes, name) for name in names if name not in single}
     if len(set(axis.values())) < len(axis):
         raise PomonaError(f"factors={factors!r} fits several norms along one axis; name one of them")
     now, x = flops(net, axes.example[0]), axes.example[0]
-    return {name: float(flops(grow(net, axes, {at: 1}, verify=False).net, x) - now) for name, at in axis.items()}
+    cost = {name: float(flops(grow(net, axes, {at: 1}, verify=False).net, x) - now) for name, at in axis.items()}
+    for name in single:  # one channel is no axis, but it may go with its branch
+        home = branch_of(net, name)
+        if home is not None and len(branches := net.get_submodule(home[0])) > branches.required:  # type: ignore[arg-type, operator]
+            cost[name] = float(now - flops(remove(net, axes, {name: torch.tensor([0])}).net, x))
+    return cost
 
 
 def branch_of(net: nn.Module, factor: str) -> tuple[str, str] | None:
