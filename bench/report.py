@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results", HERE.parent / "docs" / "performance.md"
 BENCHES = {
     "loop": ["loop.py"],
-    "population": ["population.py"],
+    "population": ["population.py", "--repetitions", "3"],
     "memory": ["memory.py"],
     "study": ["study.py"],
     "fashion": ["study.py", "--data", "fashion_mnist", "--epochs", "5", "--population-only"],
