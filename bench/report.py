@@ -121,7 +121,11 @@ ones.
 
 {table(head, [row])}
 
-A candidate's stacks hold {r["trials"]} and {r["seeds"]} networks, which bounds what can be won on a step."""
+A candidate's stacks hold {r["trials"]} and {r["seeds"]} networks, which bounds what can be won on a step.
+Under a profiler (one thread) training steps are 77 % of a study by populations: 33 % are steps of the one candidate
+that cannot be recorded and runs under `vmap` at every step (`kan`, a twelfth of the work), 30 % the recorded steps of
+the other eleven, 8 % the optimiser. Validation takes 10 %, recording 7 %, trying whether a candidate stacks 4 %, the
+zoo 4 %."""
 
 
 def fashion(found: dict[str, Any]) -> str:
