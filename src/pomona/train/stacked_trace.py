@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tag, Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
@@ -17,81 +19,94 @@ class Untraceable(Exception):
 
 _DEPENDENT = {Tag.data_dependent_output, Tag.dynamic_output_shape}
 
-_Call = tuple[str, list[str], list[str], bool]
-"""Its text, what it reads and gives by name, and whether it changes what it reads."""
+_Call = tuple[Callable[..., Any], list[int], dict[str, Any], list[int], bool, bool]
+"""The operation, registers that it reads, other keywords, registers that it gives, whether that is one tensor alone,
+and whether it changes what it reads.
+"""
 
 
 def _view(t: Tensor) -> tuple[Any, ...]:
     return t.storage_offset(), tuple(t.shape), t.stride(), t.dtype
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes every call below autograd and vmap.
+def _depends_on_values(func: Any, args: tuple[Any, ...]) -> bool:
+    if func is torch.ops.aten.index.Tensor:  # tagged for its boolean masks; integers give a shape that is known
+        return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+    return bool(_DEPENDENT.intersection(func.tags))
 
-    A tensor's name goes with the memory that it reads, and how: autograd hands out other objects for the same tensor.
+
+def _list(*items: Any) -> list[Any]:
+    return list(items)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every call below autograd and vmap; each value has a register, constants too.
+
+    A tensor's register goes with the memory that it reads, and how: autograd hands out other objects for the same
+    tensor.
     """
 
-    def __init__(self, inputs: list[Tensor]) -> None:
+    def __init__(self, inputs: list[Any]) -> None:
         super().__init__()
         self.calls: list[_Call] = []
-        self.known: dict[str, Any] = {}
-        self.names: dict[int, tuple[StorageWeakRef, dict[Any, str]]] = {}
-        for i, t in enumerate(inputs):
-            self.name(t, f"a{i}")
+        self.registers: list[Any] = []
+        self.constant: list[bool] = []
+        self.known: dict[int, tuple[StorageWeakRef, dict[Any, int]]] = {}
+        for t in inputs:
+            self.name(t, self.new()) if isinstance(t, Tensor) else self.new()
 
-    def find(self, t: Tensor) -> str | None:
-        """The name of a tensor, if it has one."""
-        found = self.names.get(t.untyped_storage().data_ptr())
+    def new(self, *constant: Any) -> int:
+        """A fresh register, for a constant where one is given."""
+        self.registers.append(constant[0] if constant else None)
+        self.constant.append(bool(constant))
+        return len(self.registers) - 1
+
+    def find(self, t: Tensor) -> int | None:
+        """The register of a tensor, if it has one."""
+        found = self.known.get(t.untyped_storage().data_ptr())
         return None if found is None or found[0].expired() else found[1].get(_view(t))
 
-    def name(self, t: Tensor, label: str) -> str:
-        """The name of a tensor, ``label`` if it has none yet."""
+    def name(self, t: Tensor, register: int) -> int:
+        """The register of a tensor, ``register`` if it has none yet."""
         storage = t.untyped_storage()
-        found = self.names.get(storage.data_ptr())
+        found = self.known.get(storage.data_ptr())
         if found is None or found[0].expired():  # memory that is new, or was another's
-            found = self.names[storage.data_ptr()] = StorageWeakRef(storage), {}
-        return found[1].setdefault(_view(t), label)
+            found = self.known[storage.data_ptr()] = StorageWeakRef(storage), {}
+        return found[1].setdefault(_view(t), register)
 
-    def text(self, value: Any) -> str:
-        """An argument, as it is written."""
-        if isinstance(value, (tuple, list)):
-            inner = "".join(f"{self.text(item)}, " for item in value)
-            return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
-        if value is None or isinstance(value, (bool, int, str)):
-            return repr(value)
-        label = self.find(value) if isinstance(value, Tensor) else None
-        if label is None:
-            label = f"c{len(self.known)}"
-            self.known[label] = value.detach() if isinstance(value, Tensor) else value  # a constant
-            if isinstance(value, Tensor):
-                self.name(value, label)
-        return label
+    def read(self, value: Any) -> int:
+        """The register of an argument."""
+        if isinstance(value, Tensor):
+            found = self.find(value)
+            return self.name(value, self.new(value.detach())) if found is None else found
+        if isinstance(value, (tuple, list)) and any(isinstance(item, Tensor) for item in value):
+            self.calls.append((_list, [self.read(item) for item in value], {}, [self.new()], True, False))
+            return self.calls[-1][3][0]
+        return self.new(value)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if _DEPENDENT.intersection(func.tags):
+        if _depends_on_values(func, args):
             raise Untraceable(f"{func} depends on values")
         options = kwargs or {}
-        words = [self.text(value) for value in args] + [f"{key}={self.text(value)}" for key, value in options.items()]
-        reads = [self.text(t) for t in pytree.tree_leaves((args, options)) if isinstance(t, Tensor)]
+        if any(isinstance(value, Tensor) for value in options.values()):
+            raise Untraceable(f"{func} is given a tensor by keyword")
+        reads = [self.read(value) for value in args]
         changes = func._schema.is_mutable
-        if changes and any(label[0] == "c" for label in reads):
+        if changes and any(self.constant[self.read(t)] for t in pytree.tree_leaves(args) if isinstance(t, Tensor)):
             raise Untraceable(f"{func} changes a tensor that is kept from call to call")
         out = func(*args, **options)
-        outs = [out] if isinstance(out, Tensor) else list(out or ())
-        if changes or not all(isinstance(t, Tensor) and self.find(t) for t in outs):  # else it is there already
-            number = len(self.calls)
-            gives = [self.name(t, f"t{number}_{i}") if isinstance(t, Tensor) else f"t{number}_{i}"
-                     for i, t in enumerate(outs)]  # fmt: skip
-            self.known[f"f{number}"] = func._op
-            left = "" if not outs else f"{gives[0]} = " if isinstance(out, Tensor) else f"[{', '.join(gives)}] = "
-            self.calls.append((f"{left}f{number}({', '.join(words)})", reads, gives, changes))
+        alone = isinstance(out, Tensor)
+        outs = [out] if alone else list(out or ())
+        if changes or not all(isinstance(t, Tensor) and self.find(t) is not None for t in outs):  # else it is there
+            gives = [self.name(t, self.new()) if isinstance(t, Tensor) else self.new() for t in outs]
+            self.calls.append((func._op, reads, options, gives, alone, changes))
         return out
 
 
 class Trace:
-    """``function`` for tensors of the shapes of ``args``, as one Python function of plain calls.
+    """``function`` for tensors of the shapes of ``args``, as a list of plain calls.
 
     Calls that change nothing and results that nobody reads are left out, and memory is given back after its last use.
 
@@ -109,26 +124,44 @@ class Trace:
         with recorder:
             result = function(*args)
         found, self.spec = pytree.tree_flatten(result)
-        results = [recorder.text(t) for t in found]
-        self.run = self._compiled(recorder.calls, [f"a{i}" for i in range(len(leaves))], results, recorder.known)
+        self.results = [recorder.read(t) for t in found]
+        self.registers = recorder.registers
+        self.calls = self._needed(recorder, kept={*range(len(leaves)), *self.results})
 
-    @staticmethod
-    def _compiled(
-        steps: list[_Call], inputs: list[str], results: list[str], known: dict[str, Any]
-    ) -> Callable[..., list[Tensor]]:
-        needed, lines = set(results), []
-        alive = set(results)
-        for text, reads, gives, changes in reversed(steps):
+    def _needed(self, recorder: _Recorder, kept: set[int]) -> list[tuple[Any, ...]]:
+        """The calls that matter: operation, how to pick its arguments, keywords, where the results go, what is over."""
+        needed, alive, steps = set(self.results), set(kept), []
+        nothing = recorder.new(None)
+        for op, reads, options, gives, alone, changes in reversed(recorder.calls):
             if not changes and not needed.intersection(gives):
                 continue
-            over = [label for label in dict.fromkeys([*gives, *reads]) if label[0] == "t" and label not in alive]
+            over = [i for i in {*gives, *reads} if i not in alive and not recorder.constant[i]]
             alive.update(over)
             needed.update(reads)
-            lines.append(f"    {text}" + (f"; del {', '.join(over)}" if over else ""))
-        source = [f"def run({', '.join(inputs)}):", *reversed(lines), f"    return [{', '.join(results)}]"]
-        exec(compile("\n".join(source), "<trace>", "exec"), known)  # the text is ours alone
-        return known["run"]
+            steps.append((op, _pick(reads), options, gives[0] if alone else gives or [nothing], over))
+        return steps[::-1]
+
+    def run(self, *leaves: Any) -> list[Any]:
+        """The function without nests."""
+        registers = self.registers.copy()
+        registers[: len(leaves)] = leaves
+        for op, pick, options, gives, over in self.calls:
+            if isinstance(gives, int):
+                registers[gives] = op(*pick(registers), **options)
+            else:
+                for i, value in zip(gives, op(*pick(registers), **options) or (), strict=False):
+                    registers[i] = value
+            for i in over:
+                registers[i] = None
+        return [registers[i] for i in self.results]
 
     def __call__(self, *args: Any) -> Any:
         """As the function itself."""
         return pytree.tree_unflatten(self.run(*pytree.tree_leaves(args)), self.spec)
+
+
+def _pick(places: list[int]) -> Callable[[list[Any]], Any]:
+    """What takes the items at ``places`` out of a list, as a sequence."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1)) if places else lambda registers: ()
