@@ -85,9 +85,9 @@ def test_calibrate_gain_keeps_the_signal_of_the_new_activation():
 
 def test_bad_input():
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(PomonaError, match="multiplies the width by 2 and 1 by 1"):
+    with pytest.raises(PomonaError, match="multiplies the width by 2 and ReLU by 1"):
         swap_activation(net, "crelu")
-    with pytest.raises(PomonaError, match="no activation module to replace"):
+    with pytest.raises(PomonaError, match="no layer of Linear was replaced"):
         swap_activation(nn.Linear(2, 2), "relu")
     with pytest.raises(PomonaError, match="changes the width, so it has no single curve"):
         curve("glu")

@@ -19,6 +19,7 @@ from pomona.nn.activation import CLASSES, act, is_activation
 from pomona.nn.gain import derivative_second_moment, gain
 from pomona.nn.init import fans
 from pomona.nn.layer_order import WeightedLayer, layer_neighbours
+from pomona.nn.swap import swap
 
 
 @dataclass(frozen=True)
@@ -171,35 +172,21 @@ def swap_activation(
     """
     if name not in CLASSES:
         raise unknown("act", name, CLASSES)
-    count = 0
 
-    def replace(path: str, module: nn.Module) -> nn.Module:
-        nonlocal count
-        if is_activation(module):
-            if where is not None and not where(path, module):
-                return module
-            sizes = {key: getattr(module, key) for key in ("features", "channel_dim") if hasattr(module, key)}
-            if isinstance(module, nn.PReLU):
-                sizes = {"features": module.num_parameters, "channel_dim": 1}
-            new = act(name, **(sizes | options)).train(module.training)
-            like = next(module.parameters(), next(net.parameters(), None))
-            new = new if like is None else new.to(like.device, like.dtype)
-            widths = [0.5 if isinstance(m, nn.GLU) else getattr(m, "out_factor", 1.0) for m in (module, new)]
-            if widths[0] != widths[1]:
-                raise PomonaError(
-                    f"act={name!r} multiplies the width by {widths[1]:g} and {path or 'net'} by {widths[0]:g}; the "
-                    "layer after it would not fit: build the network with it instead"
-                )
-            count += 1
-            return new
-        for child_name, child in module.named_children():
-            setattr(module, child_name, replace(f"{path}.{child_name}" if path else child_name, child))
-        return module
+    def replace(old: nn.Module) -> nn.Module:
+        sizes = {key: getattr(old, key) for key in ("features", "channel_dim") if hasattr(old, key)}
+        if isinstance(old, nn.PReLU):
+            sizes = {"features": old.num_parameters, "channel_dim": 1}
+        new = act(name, **(sizes | options))
+        widths = [0.5 if isinstance(m, nn.GLU) else getattr(m, "out_factor", 1.0) for m in (old, new)]
+        if widths[0] != widths[1]:
+            raise PomonaError(
+                f"act={name!r} multiplies the width by {widths[1]:g} and {type(old).__name__} by {widths[0]:g}; the "
+                "layer after it would not fit: build the network with it instead"
+            )
+        return new
 
-    new_net = replace("", copy.deepcopy(net))
-    if not count:
-        raise PomonaError("net has no activation module to replace; those called as functions cannot be swapped")
-    return new_net
+    return swap(net, lambda path, m: is_activation(m) and (where is None or where(path, m)), replace).net
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ Source: Generalizing Pooling Functions in Convolutional Neural Networks: Mixed, 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from pomona.errors import PomonaError, unknown
 from pomona.nn.pool import POOLS, Pool2d
+from pomona.nn.swap import swap
 
 POOLING_LAYERS = (nn.MaxPool2d, nn.AvgPool2d, Pool2d)
 
@@ -34,23 +34,24 @@ def replace_pooling(
         PomonaError: if there is nothing to replace, a kind is unknown, or there are more or fewer kinds
             than layers.
     """
-    net = copy.deepcopy(net)
-    old = [(name, m) for name, m in net.named_modules() if isinstance(m, POOLING_LAYERS)]
+    old: list[nn.Module] = [m for m in net.modules() if isinstance(m, POOLING_LAYERS)]
     names = [kinds] * len(old) if isinstance(kinds, str) else list(kinds)
     if not old or len(names) != len(old):
         raise PomonaError(f"kinds has {len(names)} names; the net has {len(old)} pooling layers")
-    shapes = _output_shapes(net, [m for _, m in old], example)
-    for (name, module), kind, shape in zip(old, names, shapes, strict=True):
+    for kind in names:
         if kind not in POOLS:
             raise unknown("kinds", kind, POOLS)
-        geometry = {"ceil_mode": module.ceil_mode} if kind not in ("lp", "gem") else {}
+    layers = zip(names, _output_shapes(net, old, example), strict=True)
+
+    def make(layer: nn.Module) -> nn.Module:
+        kind, shape = next(layers)
+        geometry = {"ceil_mode": layer.ceil_mode} if kind not in ("lp", "gem") else {}
         learned = dict(options) if kind in ("mixed", "gated", "tree") else {}
         if learned and shape is not None:
             learned |= {"channels": shape[1], "out_size": (shape[2], shape[3])}
-        new = POOLS[kind](module.kernel_size, module.stride, module.padding, **geometry, **learned)
-        parent, _, child = name.rpartition(".")
-        setattr(net.get_submodule(parent), child, new)
-    return net
+        return POOLS[kind](layer.kernel_size, layer.stride, layer.padding, **geometry, **learned)
+
+    return swap(net, POOLING_LAYERS, make).net
 
 
 def tree_gated_max_avg(net: nn.Module, **options: Any) -> nn.Module:
