@@ -8,6 +8,10 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from pomona import catalog, options
+from pomona.data import load
+from pomona.errors import PomonaError
+from pomona.recipe.recipe import Recipe
+from pomona.train import Budget, Training, evaluate, fit
 
 SIZES = {
     "linear": {"in_features": 8, "out_features": 12, "bias": True},
@@ -154,3 +158,44 @@ def test_compiles_whole(slot: str, name: str) -> None:
 @every
 def test_says_what_it_is_in_one_piece(slot: str, name: str) -> None:
     assert repr(make(slot, name)).startswith(type(make(slot, name)).__name__)
+
+
+HOSTS = {
+    **dict.fromkeys(("linear", "act", "norm", "memory", "head"), "mlp width=32 depth=1"),
+    **dict.fromkeys(("pool", "conv"), "convnet width=4"),
+    **dict.fromkeys(("mixer", "ffn"), "mixer width=32 depth=1"),
+}
+"""The backbone in which a layer of each slot is trained on the digits."""
+FLOORS = {
+    ("linear", "low_rank"): 0.8,
+    ("linear", "relu_kan"): 0.7,
+    ("linear", "af_kan"): 0.75,
+    ("head", "gmm"): 0.4,
+    ("conv", "smpconv"): 0.35,
+    ("conv", "lambda"): 0.5,
+    ("mixer", "none"): 0.6,
+    ("mixer", "linear_attention"): 0.5,
+}
+"""Accuracy on validation after a few epochs, where it is another than usual: few parameters, or many steps needed."""
+
+
+@every
+def test_learns_the_digits(slot: str, name: str) -> None:
+    if (slot, name) == ("linear", "nmu"):
+        pytest.skip("a product over 64 pixels, most of them dark, tells no classes apart")
+    task = load("digits")
+    host = "convnet width=8" if (slot, name) in NEEDS_POSITIONS else HOSTS[slot]
+    net = Recipe.parse(f"{host} {slot}={name}").build(task, seed=0)
+    settings = Training(lr=1e-2, optimizer="adam", patience=None, batch_size=32)
+    found = fit(net, task, settings, budget=Budget("epochs", 8 if slot == "mixer" else 4), seed=0)
+    assert evaluate(found.net, task, "valid")["accuracy"] > FLOORS.get((slot, name), 0.75 if slot == "mixer" else 0.85)
+
+
+# activations promote integers, as torch's own do
+@pytest.mark.parametrize(("slot", "name"), [p for p in LAYERS if p[0] != "act"])
+def test_integers_are_refused_in_a_sentence(slot: str, name: str) -> None:
+    layer, x = make(slot, name), rows(slot, name)
+    if not type(layer).__module__.startswith("pomona.") or not any(True for _ in layer.parameters()):
+        pytest.skip("torch's own, or without parameters")
+    with pytest.raises(PomonaError, match="takes floating-point numbers, not torch.int64"):
+        layer(x.long())

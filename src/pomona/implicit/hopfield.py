@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_divisible, check_positive
+from pomona.nn.check import check_input
 
 MOST_STEPS = 256
 """Updates after which ``steps=None`` gives up waiting for convergence."""
@@ -356,6 +357,7 @@ class HopfieldLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, x)
         y = self.hopfield(x.reshape(-1, x.shape[-1]), self.stored, self.content)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 

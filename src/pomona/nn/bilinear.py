@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomona.errors import check_positive, unknown
+from pomona.nn.check import check_input
 
 GATES: dict[str | None, Callable[[Tensor], Tensor] | None] = {
     None: None,
@@ -74,6 +75,7 @@ class Bilinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """gate(W x) * (V x)."""
+        check_input(self, x, self.in_features)
         wx, vx = self.both(x).chunk(2, dim=-1)
         gate = GATES[self.gate]
         return (wx if gate is None else gate(wx)) * vx

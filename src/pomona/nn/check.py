@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pomona.errors import PomonaError
 
 
-def check_input(layer: object, x: Tensor, features: int | None = None, dim: int = -1) -> None:
+def check_input(layer: nn.Module | str, x: Tensor, features: int | None = None, dim: int = -1) -> None:
     """Raise unless ``x`` holds floating-point numbers, ``features`` of them on axis ``dim`` where that is given."""
-    name = type(layer).__name__
+    name = layer if isinstance(layer, str) else type(layer).__name__
     if not x.is_floating_point():
         raise PomonaError(f"{name} takes floating-point numbers, not {x.dtype}; call .float() on its input")
     if features is not None and (x.dim() < 1 or x.shape[dim] != features):
         raise PomonaError(f"{name} takes {features} features on axis {dim}; its input has shape {tuple(x.shape)}")
 
 
-def check_longest(layer: object, length: int, longest: int, field: str = "tokens") -> None:
+def check_longest(layer: nn.Module, length: int, longest: int, field: str = "tokens") -> None:
     """Raise if a sequence of ``length`` is longer than what the layer was made for."""
     if length > longest:
         name = type(layer).__name__
-        raise PomonaError(f"{name} was made for {field}={longest}; its input has {length}: make it with {field}={length}")
+        raise PomonaError(f"{name} was made for {field}={longest}, its input has {length}; make it with that many")

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from pomona.nn.check import check_input
+
 
 class FeedForward(nn.Module):
     """y = W_2 act(W_1 x + b_1) + b_2, on the last dimension.
@@ -41,4 +43,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, x)
         return self.down(self.dropout(self.act(self.up(x))))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_divisible, check_positive
+from pomona.nn.check import check_input
 from pomona.nn.feedforward import FeedForward
 
 
@@ -31,7 +32,8 @@ def hide(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def check_tokens(x: Tensor, tokens: int) -> None:
-    """Raise unless x (B, N, D) has as many tokens as the layer was made for."""
+    """Raise unless x (B, N, D) holds floating-point numbers, for as many tokens as the layer was made for."""
+    check_input("a token mixer", x)
     if x.shape[-2] != tokens:
         raise PomonaError(f"x has {x.shape[-2]} tokens, but this mixer was made for tokens={tokens}")
 
@@ -158,6 +160,7 @@ class AttentionMixer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """See the class."""
+        check_input(self, x)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).movedim((-3, -2), (0, -3))
         allowed = None if mask is None else mask[..., None, None, :].bool()
         if self.causal and allowed is not None:
@@ -215,6 +218,7 @@ class ConvMixer1d(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """See the class."""
+        check_input(self, x)
         return self.conv(F.pad(hide(x, mask).mT, self.pad)).mT
 
 
@@ -254,6 +258,7 @@ class GatingMixer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """See the class."""
+        check_input(self, x)
         u, v = F.gelu(self.up(x)).chunk(2, -1)
         return self.down(u * self.gate(self.norm(v), mask))
 

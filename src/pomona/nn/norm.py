@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pomona.errors import PomonaError, check_divisible, check_positive, unknown
+from pomona.nn.check import check_input
 
 
 class _Standardize(torch.autograd.Function):
@@ -151,6 +152,7 @@ class LayerNorm(_ChannelNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (*, features) or (batch, features, ...)."""
+        check_input(self, x)
         return self.affine(standardize(x, self.axes(), self.eps))
 
 
@@ -173,6 +175,7 @@ class RMSNorm(_ChannelNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (*, features) or (batch, features, ...)."""
+        check_input(self, x)
         z = _upcast(x)
         z = z * torch.rsqrt(z.square().mean(self.axes(), keepdim=True) + self.eps)
         return self.affine(z.to(x.dtype))
@@ -197,6 +200,7 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (*, features) or (batch, features, ...)."""
+        check_input(self, x)
         z = _upcast(x)
         length = torch.linalg.vector_norm(z, dim=-self.dims - 1, keepdim=True).clamp_min(self.eps)
         return self.weight * (z / length).to(x.dtype)
@@ -219,6 +223,7 @@ class DyT(_ChannelNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Squash (*, features) or (batch, features, ...)."""
+        check_input(self, x)
         return self.affine(torch.tanh(self.alpha * x))
 
 
@@ -241,6 +246,7 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (*, features) or (batch, features, ...)."""
+        check_input(self, x)
         if self.dims or x.ndim < 3:
             return super().forward(x)
         return super().forward(x.flatten(0, -2)).view(x.shape)
@@ -271,6 +277,7 @@ class GroupNorm(_ChannelNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (*, features) or (batch, features, ...)."""
+        check_input(self, x)
         channel = x.ndim - 1 - self.dims
         grouped = x.unflatten(channel, (self.groups, x.shape[channel] // self.groups))
         xhat = standardize(grouped, tuple(range(-self.dims - 1, 0)), self.eps)

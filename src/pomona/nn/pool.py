@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_positive, unknown
+from pomona.nn.check import check_input
 
 Pair = int | tuple[int, int]
 SHARES = ("layer", "channel", "region", "region_channel")
@@ -173,6 +174,7 @@ class MixedPool2d(_Learned):
 
     def forward(self, x: Tensor) -> Tensor:
         """A max + (1 - a) average."""
+        check_input(self, x)
         a = self.mixture.sigmoid() if self.sigmoid else self.mixture
         a = a[:, None, None] if self.share == "channel" else a
         return a * self.max(x) + (1 - a) * self.average(x)
@@ -205,6 +207,7 @@ class GatedPool2d(_Learned):
 
     def forward(self, x: Tensor) -> Tensor:
         """A max + (1 - a) average, a = sigmoid(w . region)."""
+        check_input(self, x)
         a = self.respond(x, self.mask).squeeze(2).sigmoid()
         return a * self.max(x) + (1 - a) * self.average(x)
 
@@ -247,6 +250,7 @@ class TreePool2d(_Learned):
 
     def forward(self, x: Tensor) -> Tensor:
         """The value of the root."""
+        check_input(self, x)
         leaves = self.leaves.shape[-2]
         f, g = self.respond(x, torch.cat([self.leaves, self.gates], dim=-2)).split([leaves, leaves - 1], dim=2)
         g = g.sigmoid()
@@ -294,6 +298,7 @@ class PowerPool2d(Pool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The p-norm or the p-mean."""
+        check_input(self, x)
         if self.mean:
             return self.average(x.clamp_min(self.eps) ** self.p) ** (1 / self.p)
         powers = F.avg_pool2d(
@@ -327,6 +332,7 @@ class SoftPool2d(Pool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """The softmax-weighted average; padding has no weight."""
+        check_input(self, x)
         weights = self.regions(x, value=torch.finfo(x.dtype).min).softmax(-1)
         return (weights * self.regions(x)).sum(-1)
 
@@ -360,6 +366,7 @@ class StochasticPool2d(Pool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """A draw while training, its expectation otherwise."""
+        check_input(self, x)
         values = self.regions(x.relu())
         total = values.sum(-1, keepdim=True)
         if not self.training:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_positive, unknown
+from pomona.nn.check import check_input
 
 # which of the terms (W_g x + b_g), W_b x^2 + c and x^T Q x a neuron has beside W_r x + b_r
 VARIANTS = {"fan": ("g", "b"), "product": ("g",), "square": ("b",), "full": ("q",)}
@@ -112,6 +113,7 @@ class _Quadratic(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(W_r x + b_r) * (W_g x + b_g) + W_b x^2 + c."""
+        check_input(self, x)
         y = self.apply_map(x, self.weight_r, self.bias_r)
         if self.weight_g is not None:
             y = y * self.apply_map(x, self.weight_g, self.bias_g)
