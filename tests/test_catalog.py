@@ -70,6 +70,11 @@ def test_each_fact_is_a_test_beside_one_of_the_parts(paper, fact):
     )
 
 
+@pytest.mark.parametrize("figure", [f for p in PAPERS.values() for f in p.figures])
+def test_each_figure_is_a_function_with_a_docstring(figure):
+    assert inspect.isfunction(catalog.load(figure)) and catalog.load(figure).__doc__
+
+
 @pytest.mark.parametrize("paper", [p for p in PAPERS.values() if p.claim], ids=lambda p: p.key)
 def test_each_claim_is_a_function_named_as_its_key(paper):
     module, _, name = paper.claim.partition(":")

@@ -27,6 +27,7 @@ class Paper:
         parts: public classes and functions, ``module:name``, the main one first.
         facts: names of the tests (less ``test_``) that hold the paper's identities.
         claim: ``module:function`` of the executable headline claim.
+        figures: functions, ``module:name``, that draw what was learned.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Paper:
     parts: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
     claim: str = ""
+    figures: tuple[str, ...] = ()
 
     @property
     def status(self) -> Status:
@@ -78,7 +80,7 @@ def papers() -> dict[str, Paper]:
     """Every paper by key, in the catalogue's order."""
     rows: list[dict[str, Any]] = _read("catalog.toml")["paper"]
     for row in rows:
-        row |= {field: tuple(row.get(field, ())) for field in ("parts", "facts")}
+        row |= {field: tuple(row.get(field, ())) for field in ("parts", "facts", "figures")}
     return {row["key"]: Paper(**row) for row in rows}
 
 

@@ -79,6 +79,22 @@ def test_fit_coefficients_recovers_a_function_of_the_basis(name):
     torch.testing.assert_close(again, y, atol=1e-6, rtol=1e-6)
 
 
+def test_gram_polynomials_are_orthonormal_on_even_points():
+    basis = make_basis("gram", 1, 5, -1.0, 1.0).double()
+    v = torch.linspace(-1, 1, 26, dtype=torch.float64)[1:-1]  # tanh reaches no end
+    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    values = torch.cat([basis(torch.atanh(v)[:, None]), basis(30 * ends[:, None])])[:, 0]
+    torch.testing.assert_close(values.T @ values / 26, torch.eye(6, dtype=torch.float64))
+
+
+def test_rational_functions_have_their_numerators_and_denominators():
+    u = torch.linspace(-3, 3, 31, dtype=torch.float64)[:, None]
+    values, q = make_basis("rational", 1, 2, -1.0, 1.0).double()(u)[:, 0], 1 + u[:, 0] ** 2
+    u = u[:, 0]
+    tops = ((1 - u**2) * q, (1 - u**2) ** 2 - 4 * u**2, 2 * u * q, 4 * u * (1 - u**2))
+    torch.testing.assert_close(values[:, 1:], torch.stack(tops, -1) / q[:, None] ** 2)
+
+
 def test_refit_mixes_uniform_and_quantile_edges():
     x = torch.rand(1001, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) ** 3
     basis = BSpline(1, 4, grid_eps=0.1).double()

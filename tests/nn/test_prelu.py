@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pomona.errors import PomonaError
-from pomona.nn.prelu import PReLU, absorb
+from pomona.nn.feedforward import FeedForward
+from pomona.nn.prelu import LearnableLeaky, PReLU, absorb, learnable_leaky
 
 
 def draw(*shape):
@@ -63,3 +64,20 @@ def test_absorb_keeps_what_still_bends():
 def test_prelu_rejects_no_channels():
     with pytest.raises(PomonaError, match="features=0 must be a number above 0"):
         PReLU(0)
+
+
+def test_learnable_leaky_is_relu_at_slope_0_and_leaves_a_linear_ffn_at_slope_1():
+    x, y = draw(5, 4), draw(6, 4)[1:]
+    torch.testing.assert_close(LearnableLeaky(0.0)(x), x.relu(), rtol=0, atol=0)
+    ffn = FeedForward(4, 8, make_act=lambda features: LearnableLeaky(1.0)).double()
+    offset = ffn(torch.zeros_like(x))
+    torch.testing.assert_close(ffn(2 * x - 3 * y) - offset, 2 * (ffn(x) - offset) - 3 * (ffn(y) - offset))
+    assert torch.autograd.gradcheck(LearnableLeaky().double(), (x.requires_grad_(),))
+
+
+def test_learnable_leaky_has_a_slope_a_layer_or_one_for_all():
+    one, own = learnable_leaky("global", 0.1), learnable_leaky()
+    assert one(4) is one(8) and own(4) is not own(4)
+    assert float(own(4).slope.detach()) == pytest.approx(0.01)
+    with pytest.raises(PomonaError, match="per='head' is not known; choose one of layer, global"):
+        learnable_leaky("head")

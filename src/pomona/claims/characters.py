@@ -42,9 +42,13 @@ def train_characters(
     lr: float,
     seed: int,
     clip: float = 1.0,
+    warmup: int = 0,
+    windows: int = 64,
     check_at: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Train by Adam on random windows, in place.
+
+    The rate rises linearly over the first ``warmup`` steps; ``windows`` of each split are scored.
 
     Returns:
         ``valid`` and ``test`` bits per character, ``seconds`` of training, and ``curve``: (step, validation bits)
@@ -63,13 +67,16 @@ def train_characters(
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(_logits(net(x)).flatten(0, 1), y.flatten()).backward()
             nn.utils.clip_grad_norm_(net.parameters(), clip)
+            if step <= warmup + 1:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * min(1.0, step / (warmup + 1))
             optimizer.step()
             spent += time.perf_counter() - start
             if step in checks:
-                curve.append((step, bits_per_character(net, text, "valid", length)))
+                curve.append((step, bits_per_character(net, text, "valid", length, windows)))
     return {
-        "valid": bits_per_character(net, text, "valid", length),
-        "test": bits_per_character(net, text, "test", length),
+        "valid": bits_per_character(net, text, "valid", length, windows),
+        "test": bits_per_character(net, text, "test", length, windows),
         "seconds": spent,
         "curve": curve,
     }

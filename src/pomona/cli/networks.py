@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command("predict")(predict)
     app.command("export")(export)
+    app.command("plot")(plot)
     app.add_typer(zoo_app, name="zoo")
 
 
@@ -172,3 +174,30 @@ def export(
     assert path is not None
     error = (export_onnx if onnx else export_torch)(network, path)
     print(f"written to {path}; largest difference from the network {error:.2g}")
+
+
+def plot(
+    id: Id,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("figures.html"),
+    zoo: ZooOption = None,
+) -> None:
+    """Draw what a network's layers have learned: edge functions, eigenvectors, kernels, blocks."""
+    from pomona.measure.layer_figures import DRAWN, figures
+    from pomona.recipe import restore
+    from pomona.zoo import Zoo
+
+    if not out.parent.is_dir():
+        raise PomonaError(f"out={str(out)!r}: the folder {str(out.parent)!r} does not exist")
+    with Zoo(zoo) as kept:
+        network = restore(kept, id)
+    drawn = list(figures(network.network))
+    if not drawn:
+        classes = ", ".join(sorted({path.rpartition(":")[2] for path in DRAWN}))
+        raise PomonaError(f"id={id!r}: the network has no layer that can be drawn; {classes} can")
+    parts = [
+        f"<h2>{escape(name)}</h2>" + figure.to_html(full_html=False, include_plotlyjs=not i)
+        for i, (name, figure) in enumerate(drawn)
+    ]
+    page = f"<!doctype html><meta charset=utf-8><title>{escape(id)}</title>" + "".join(parts)
+    out.write_text(page, encoding="utf-8")
+    print(f"{len(drawn)} figures written to {out}")

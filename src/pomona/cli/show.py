@@ -77,6 +77,7 @@ def describe(paper: catalog.Paper) -> dict[str, Any]:
         "slots": paper.slots,
         "facts": [name.replace("_", " ") for name in paper.facts],
         "claim": paper.claim,
+        "figures": list(paper.figures),
         "ledger": verdicts(paper.key),
         "usage": usage(paper),
     }
@@ -114,6 +115,10 @@ def render(data: dict[str, Any]) -> None:
         out.print(escape(f"  paper: {entry['paper']}"))
         if entry["note"]:
             out.print(escape(f"  {entry['note']}"))
+    if data["figures"]:
+        out.print("\n[bold]figures[/] (of a kept network: pomona plot ID)")
+        for figure in data["figures"]:
+            out.print(f"  {figure.replace(':', '.')}")
     if data["usage"]:
         out.print("\n[bold]use[/]")
         for line in data["usage"]:

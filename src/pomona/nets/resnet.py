@@ -40,7 +40,7 @@ class BasicBlock(nn.Module):
         self.second = nn.Sequential(conv(out, out, 3, 1), norm())
         same = stride == 1 and channels == out
         self.shortcut = nn.Identity() if same else nn.Sequential(conv(channels, out, 1, stride), norm())
-        self.residual = fill.make("residual", features=out)
+        self.residual = fill.make("residual", features=out, dims=2)
         act, before = fill.widened_act(out, 1)
         # an activation that changes the width needs a 1x1 convolution to come out at `out` again
         self.act = act if before == out else nn.Sequential(nn.Conv2d(out, before, 1), act)

@@ -33,7 +33,7 @@ class Basis(nn.Module):
     """
 
     edges: Tensor
-    n_basis: int
+    per_interval = 1
 
     def __init__(
         self, features: int, size: int = 5, low: float = -1.0, high: float = 1.0, *, grid_eps: float = 0.02
@@ -45,6 +45,7 @@ class Basis(nn.Module):
         if not 0 <= grid_eps <= 1:
             raise PomonaError(f"grid_eps={grid_eps} must lie between 0 and 1")
         self.features, self.size, self.low, self.high, self.grid_eps = features, size, low, high, grid_eps
+        self.n_basis = self.per_interval * size + 1
         edges = torch.linspace(low, high, size + 1, dtype=torch.float64)
         self.register_buffer("edges", edges.to(torch.get_default_dtype()).repeat(features, 1))
 
@@ -183,12 +184,6 @@ class Located(Basis):
     The centres c_m are the grid's edges, h is the mean distance between them.
     """
 
-    def __init__(
-        self, features: int, size: int = 5, low: float = -1.0, high: float = 1.0, *, grid_eps: float = 0.02
-    ) -> None:
-        super().__init__(features, size, low, high, grid_eps=grid_eps)
-        self.n_basis = size + 1
-
     def forward(self, x: Tensor) -> Tensor:
         """(*, features) -> (*, features, size + 1)"""
         centres = self.edges.to(x)
@@ -229,6 +224,15 @@ class MexicanHat(Located):
         return 2 / (math.sqrt(3) * math.pi**0.25) * (1 - square) * torch.exp(-square / 2)
 
 
+class Morlet(Located):
+    """phi(u) = cos(5 u) exp(-u^2 / 2). Source: Wav-KAN, arXiv 2405.12832."""
+
+    @staticmethod
+    def shape(u: Tensor) -> Tensor:
+        """See the class."""
+        return torch.cos(5 * u) * torch.exp(-u.square() / 2)
+
+
 class ReLUPower(Located):
     """phi(u) = (relu(2 - u) relu(2 + u))^2 / 16, supported on four intervals, 1 at its centre.
 
@@ -253,12 +257,6 @@ class Ranged(Basis):
 class Chebyshev(Ranged):
     """T_m(tanh u), m = 0 .. size: T_0 = 1, T_1 = v, T_m = 2 v T_{m-1} - T_{m-2}, with v = tanh(u) always in [-1, 1]."""
 
-    def __init__(
-        self, features: int, size: int = 5, low: float = -1.0, high: float = 1.0, *, grid_eps: float = 0.02
-    ) -> None:
-        super().__init__(features, size, low, high, grid_eps=grid_eps)
-        self.n_basis = size + 1
-
     def forward(self, x: Tensor) -> Tensor:
         """(*, features) -> (*, features, size + 1)"""
         v = torch.tanh(self.unit(x))
@@ -268,19 +266,56 @@ class Chebyshev(Ranged):
         return torch.stack(terms, -1)
 
 
-class Fourier(Ranged):
-    """1, cos(m pi u / 2), sin(m pi u / 2), m = 1 .. size: the period is twice the grid, so the ends may differ."""
+class Gram(Ranged):
+    """Gram polynomials of v = tanh(u), m = 0 .. size: orthonormal on ``size^2 + 1`` even points of [-1, 1].
 
-    def __init__(
-        self, features: int, size: int = 5, low: float = -1.0, high: float = 1.0, *, grid_eps: float = 0.02
-    ) -> None:
-        super().__init__(features, size, low, high, grid_eps=grid_eps)
-        self.n_basis = 2 * size + 1
+    sqrt(b_{m+1}) G_{m+1} = v G_m - sqrt(b_m) G_{m-1},  b_m = m^2 (N^2 - m^2) / ((4 m^2 - 1) (N - 1)^2),  G_0 = 1,
+    with N the number of points, so many that no polynomial grows steep at the ends.
+
+    Source: Kolmogorov-Arnold Convolutions: Design Principles and Empirical Studies, arXiv 2407.01092.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, features) -> (*, features, size + 1)"""
+        v, n = torch.tanh(self.unit(x)), self.size**2 + 1
+        root = [math.sqrt(m**2 * (n**2 - m**2) / ((4 * m**2 - 1) * (n - 1) ** 2)) for m in range(self.size + 1)]
+        terms = [torch.ones_like(v), v / root[1]]
+        for m in range(1, self.size):
+            terms.append((v * terms[-1] - root[m] * terms[-2]) / root[m + 1])
+        return torch.stack(terms, -1)
+
+
+class Rational(Ranged):
+    """1, cos(m t), sin(m t), m = 1 .. size, with t = 2 arctan(u): rational functions of u of degree 2 size.
+
+    cos t = (1 - u^2) / (1 + u^2) and sin t = 2 u / (1 + u^2). They have no poles, are orthogonal on the whole line
+    under the weight 1 / (1 + u^2) and tend to constants.
+
+    Source: Completeness and Basis Properties of Sets of Special Functions (Higgins, 1977).
+    """
+
+    per_interval = 2
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, features) -> (*, features, 2 size + 1)"""
-        angle = self.unit(x)[..., None] * (torch.arange(1, self.size + 1, device=x.device) * (math.pi / 2)).to(x)
-        return torch.cat([torch.ones_like(x)[..., None], angle.cos(), angle.sin()], -1)
+        return trigonometric(2 * torch.atan(self.unit(x)), self.size, constant=True)
+
+
+def trigonometric(angle: Tensor, count: int, *, constant: bool = False) -> Tensor:
+    """1 (if ``constant``), cos(m angle), sin(m angle), m = 1 .. count: (*) -> (*, 2 count + constant)"""
+    angles = angle[..., None] * torch.arange(1, count + 1, device=angle.device).to(angle)
+    ones = [torch.ones_like(angle)[..., None]] if constant else []
+    return torch.cat([*ones, angles.cos(), angles.sin()], -1)
+
+
+class Fourier(Ranged):
+    """1, cos(m pi u / 2), sin(m pi u / 2), m = 1 .. size: the period is twice the grid, so the ends may differ."""
+
+    per_interval = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, features) -> (*, features, 2 size + 1)"""
+        return trigonometric(self.unit(x) * (math.pi / 2), self.size, constant=True)
 
 
 BASES: dict[str, type[Basis]] = {
@@ -288,9 +323,12 @@ BASES: dict[str, type[Basis]] = {
     "rbf": GaussianRBF,
     "rswaf": RSWAF,
     "chebyshev": Chebyshev,
+    "gram": Gram,
     "fourier": Fourier,
+    "rational": Rational,
     "relu_power": ReLUPower,
     "mexican_hat": MexicanHat,
+    "morlet": Morlet,
 }
 """Bases by name."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pomona.errors import PomonaError, unknown
 from pomona.nn.basis import fit_coefficients, make_basis, resample_edges
+from pomona.nn.check import check_input
 
 BASE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -32,9 +33,9 @@ class KANLayer(nn.Module):
     Args:
         in_features: size of the last axis of the input.
         out_features: size of the last axis of the output.
-        grid: grid intervals; frequencies for the Fourier and degree for the Chebyshev basis.
+        grid: grid intervals; frequencies for the Fourier and rational, degree for the polynomial bases.
         k: order of the B-splines.
-        basis: bspline, rbf, rswaf, chebyshev, fourier, relu_power or mexican_hat.
+        basis: bspline, rbf, rswaf, chebyshev, gram, fourier, rational, relu_power, mexican_hat or morlet.
         base: base function b: silu, gelu, tanh, identity or zero.
         grid_range: ends of the first grid; a number r is (-r, r).
         grid_eps: share of the uniform grid, against sample quantiles, in `update_grid`.
@@ -101,6 +102,7 @@ class KANLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, in_features) -> (*, out_features)"""
+        check_input(self, x, self.in_features)
         base, spline = self.edge_weights()
         y = F.linear(BASE_FUNCTIONS[self.base](x), base)
         return y + F.linear(self.basis(x).flatten(-2), spline.flatten(-2))  # einsum("...im,oim->...o")

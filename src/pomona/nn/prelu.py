@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from pomona.errors import PomonaError, check_positive
+from pomona.errors import PomonaError, check_positive, unknown
 
 
 def along_channels(parameter: Tensor, x: Tensor, channel_dim: int) -> Tensor:
@@ -61,6 +62,37 @@ class PReLU(nn.Module):
     def extra_repr(self) -> str:
         """The options, for `repr`."""
         return f"features={self.features}, channel_dim={self.channel_dim}"
+
+
+class LearnableLeaky(PReLU):
+    """A leaky ReLU with one learned slope, of a layer or (one module used everywhere) of a whole network.
+
+        f(y) = max(0, y) + a min(0, y)
+
+    Slope 0 is ReLU and slope 1 the identity. `learnable_leaky` makes them for the layers of a network.
+
+    Args:
+        init: first value of the slope.
+
+    Shapes: (*) -> the same.
+
+    Source: ReLU's Revival: On the Entropic Overload in Normalization-Free Large Language Models (arXiv 2410.09637).
+    """
+
+    def __init__(self, init: float = 0.01) -> None:
+        super().__init__(1, init)
+
+
+def learnable_leaky(per: str = "layer", init: float = 0.01) -> Callable[[int], nn.Module]:
+    """A maker (features) -> `LearnableLeaky`, for `act=` of a network: a slope a layer, or one for all ('global').
+
+    Raises:
+        PomonaError: for another ``per``.
+    """
+    if per not in ("layer", "global"):
+        raise unknown("per", per, ("layer", "global"))
+    shared = LearnableLeaky(init)
+    return lambda features: shared if per == "global" else LearnableLeaky(init)
 
 
 def _slopes(module: nn.Module) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_positive
+from pomona.nn.check import check_input
 
 
 class StructuredLinear(nn.Module):
@@ -52,6 +53,7 @@ class StructuredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + b."""
+        check_input(self, x, self.in_features)
         y = self.product(x)
         return y if self.bias is None else y + self.bias
 
@@ -98,6 +100,30 @@ class StructuredLinear(nn.Module):
         kh, kw = _pair(kernel_size)
         linear = cls(in_channels * kh * kw, out_channels, bias=bias, **options)
         return StructuredConv2d(linear, (kh, kw), stride, padding, dilation)
+
+    @classmethod
+    @torch.no_grad()
+    def like(cls, layer: nn.Linear | nn.Conv2d, **options: Any) -> StructuredLinear | StructuredConv2d:
+        """The same structure in the place of a dense layer, fitted to its weight: what `swap` wants as ``make``.
+
+        Raises:
+            PomonaError: for a convolution in groups or with padding other than zeros.
+        """
+        options = {"device": layer.weight.device, "dtype": layer.weight.dtype, **options}
+        bias = layer.bias is not None
+        new: StructuredLinear | StructuredConv2d
+        if isinstance(layer, nn.Linear):
+            new = linear = cls(layer.in_features, layer.out_features, bias=bias, **options)
+        elif layer.groups == 1 and layer.padding_mode == "zeros":
+            sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            new = cls.conv(layer.in_channels, layer.out_channels, *sizes, bias, **options)  # type: ignore[arg-type]
+            linear = new.linear
+        else:
+            raise PomonaError(f"{layer} cannot be replaced: only groups=1 and padding_mode='zeros' can")
+        linear.project_(layer.weight.flatten(1))
+        if linear.bias is not None and layer.bias is not None:
+            linear.bias.copy_(layer.bias)
+        return new.train(layer.training)
 
     def check_matrix(self, matrix: Tensor) -> None:
         """Raise unless ``matrix`` has the shape of W."""

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pomona import options
 from pomona.data.task import Task
 from pomona.errors import PomonaError
 from pomona.nn.selectable_kan import SelectableKANLayer, prune_selectable
@@ -53,7 +52,7 @@ def fit_selectable(
     2. Each node keeps its ``top`` members, whose weights sum to 1 again.
     3. Each node keeps its best member; the rest is deleted and the small network trained on.
 
-    The temperature falls geometrically over the first two phases; one learning-rate schedule spans all three.
+    The temperature falls geometrically over the first two phases; each phase has a learning-rate schedule of its own.
 
     Args:
         net: any module with at least one `SelectableKANLayer`, also inside a `SelectableKANConv2d`.
@@ -77,7 +76,6 @@ def fit_selectable(
         raise PomonaError("budget in seconds cannot be shared out among phases; give epochs, examples or flops")
     if not _layers(net):
         raise PomonaError(f"net={type(net).__name__} has no SelectableKANLayer to select from")
-    schedule = fitting.pop("schedule", None) or options.make("schedule", training.schedule)
     keep = fitting.pop("keep", "best")
     callbacks = list(fitting.pop("callbacks", ()))
     fits: list[Fit] = []
@@ -85,18 +83,15 @@ def fit_selectable(
     choices: dict[str, Tensor] = {}
     for phase, share in enumerate(phases):
         steps = max(1, total - done if phase == 2 else round(share * total))
-        own = list(callbacks)
-        if phase < 2:
-            own.append(_annealing(tau, done, max(1.0, total * (phases[0] + phases[1]))))
+        anneal = [_annealing(tau, done, total * (phases[0] + phases[1]))] if phase < 2 else []
         fits.append(
             fit(
                 net,
                 task,
-                training if phase == 0 else training.model_copy(update={"warmup": 0.0}),
+                training,
                 budget=replace(budget, kind="examples", amount=steps * size),
                 seed=seed + phase,
-                schedule=_part(schedule, done / total, steps / total),
-                callbacks=own,
+                callbacks=[*anneal, *callbacks],
                 keep=keep if phase == 2 else "last",
                 **fitting,
             )
@@ -122,10 +117,6 @@ def _annealing(tau: tuple[float, float], done: int, until: float) -> Callable[[n
             layer.tau.fill_(now)
 
     return callback
-
-
-def _part(schedule: Callable[[float, int], float], start: float, share: float) -> Callable[[float, int], float]:
-    return lambda progress, step: schedule(min(1.0, start + share * progress), step)
 
 
 def _joined(fits: Sequence[Fit]) -> Fit:

@@ -1,0 +1,325 @@
+"""Banks of experts: stacked weights, every token sent to its own few, by sorting and one matrix product a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from pomona.errors import PomonaError, check_positive
+from pomona.nn.activation import act as make_activation
+from pomona.nn.check import check_input
+
+
+@torch.library.custom_op("pomona::segment_mm", mutates_args=())
+def _segment_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    y = x.new_empty(x.shape[0], weight.shape[2])
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        torch.mm(x[start:end], weight[e], out=y[start:end])
+        start = end
+    y[start:] = 0
+    return y
+
+
+@torch.library.custom_op("pomona::segment_outer", mutates_args=())
+def _segment_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    weight = x.new_empty(ends.shape[0], x.shape[1], y.shape[1])
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        torch.mm(x[start:end].mT, y[start:end], out=weight[e])  # zeros for an empty segment
+        start = end
+    return weight
+
+
+_segment_mm.register_fake(lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[2]))
+_segment_outer.register_fake(lambda x, y, ends: x.new_empty(ends.shape[0], x.shape[1], y.shape[1]))
+
+
+def _vmap_rule(operation: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Members become further segments: rows, segments and results of all of them stand one after another."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+        members = int(info.batch_size)
+        x, second, ends = (
+            t.expand(members, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(args, in_dims, strict=True)
+        )
+        shift = x.shape[1] * torch.arange(members, device=ends.device)
+        out = operation(x.flatten(0, 1), second.flatten(0, 1), (ends + shift[:, None]).flatten())
+        return out.reshape(members, out.shape[0] // members, *out.shape[1:]), 0
+
+    return rule
+
+
+_segment_mm.register_vmap(_vmap_rule(_segment_mm))
+_segment_outer.register_vmap(_vmap_rule(_segment_outer))
+
+
+@register_flop_formula([torch.ops.pomona.segment_mm, torch.ops.pomona.segment_outer])
+def _flops(first: torch.Size, second: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return 2 * first[0] * first[1] * second[-1]
+
+
+class _SegmentMatmul(torch.autograd.Function):  # a custom operator's own autograd is closed to torch.func
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        return _segment_mm(x, weight, ends)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, ends = ctx.saved_tensors
+        return _SegmentMatmul.apply(grad, weight.mT, ends), _SegmentOuter.apply(x, grad, ends), None
+
+
+class _SegmentOuter(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+        return _segment_outer(x, y, ends)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, y, ends = ctx.saved_tensors
+        return _SegmentMatmul.apply(y, grad.mT, ends), _SegmentMatmul.apply(x, grad, ends), None
+
+
+def segment_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """y_n = x_n W_e for the rows n of segment e, ends[e - 1] <= n < ends[e]; rows after the last segment give zeros.
+
+    Args:
+        x: (rows, in).
+        weight: (segments, in, out).
+        ends: (segments,) int64, not falling.
+
+    Returns:
+        (rows, out)
+    """
+    return _SegmentMatmul.apply(x, weight.to(x.dtype), ends)
+
+
+class Segments(NamedTuple):
+    """Entries (token, choice) sorted by expert.
+
+    Attributes:
+        order: (entries,) which entry stands at each place.
+        expert: (entries,) the expert at each place, not falling; the number of experts stands for none.
+        ends: (experts,) the place after each expert's last.
+    """
+
+    order: Tensor
+    expert: Tensor
+    ends: Tensor
+
+    def rank(self) -> Tensor:
+        """How many entries of the same expert stand before: (entries,), in the order that they came in."""
+        starts = torch.cat([torch.zeros_like(self.ends[:1]), self.ends])
+        place = torch.arange(len(self.order), device=self.order.device)
+        return torch.zeros_like(self.order).scatter(0, self.order, place - starts[self.expert])
+
+
+def segments(index: Tensor, n_experts: int) -> Segments:
+    """Sort the entries of ``index`` (experts in 0 .. n_experts, of any shape), keeping their order within an expert."""
+    expert, order = torch.sort(index.flatten(), stable=True)
+    count = order.new_zeros(n_experts + 1).scatter_add(0, expert, torch.ones_like(order))
+    return Segments(order, expert, count.cumsum(0)[:n_experts])
+
+
+@dataclass(frozen=True)
+class Load:
+    """How entries spread over experts: ``count`` and ``share`` (experts,), ``imbalance`` = largest / mean count."""
+
+    count: Tensor
+    share: Tensor
+    imbalance: float
+
+
+def load(index: Tensor, n_experts: int) -> Load:
+    """Load of each expert for chosen experts ``index`` of any shape."""
+    count = torch.bincount(index.flatten(), minlength=n_experts)[:n_experts].double()
+    total = count.sum().clamp(min=1)
+    return Load(count.long(), count / total, float(count.max() / (total / n_experts)))
+
+
+def top_gates(logits: Tensor, top_k: int, *, renormalise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``top_k`` largest of p = softmax(logits), taken in float32 at least; they sum to 1 if ``renormalise``.
+
+    Returns:
+        index (*, top_k), gate (*, top_k), p (*, experts)
+    """
+    p = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    gate, index = p.topk(top_k, -1)
+    return index, gate / gate.sum(-1, keepdim=True) if renormalise else gate, p
+
+
+def balance_loss(p: Tensor, index: Tensor) -> Tensor:
+    """E sum_e f_e P_e: f_e the share of entries at expert e, P_e its mean probability; 1 when both are uniform.
+
+    Args:
+        p: (*, experts) router probabilities.
+        index: (*, choices) chosen experts.
+
+    Source: Switch Transformers, arXiv 2101.03961.
+    """
+    n = p.shape[-1]
+    ones = torch.ones_like(index.flatten(), dtype=p.dtype)
+    share = torch.zeros_like(p.detach().reshape(-1, n).sum(0)).scatter_add(0, index.flatten(), ones)
+    return n * (share / ones.numel() * p.reshape(-1, n).mean(0)).sum() if ones.numel() else p.sum()
+
+
+class LastPass:
+    """A tensor of a layer's last forward pass, which copies and files of the layer do not carry."""
+
+    def __init__(self) -> None:
+        self.value = torch.zeros(())
+
+    def __reduce__(self) -> tuple[type[LastPass], tuple[()]]:
+        return LastPass, ()
+
+
+class TokenContext(nn.Module):
+    """The token ids that a language model lends its layers for a forward pass.
+
+    Before each pass the model calls ``set_tokens(tokens)`` on every submodule that has it, tokens (B, T); the layer
+    calls the context with its input for the ids. A model that generates with a cache hands over all tokens so far and
+    only its last states, so ids are aligned at the end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = LastPass()
+
+    def set_tokens(self, tokens: Tensor) -> None:
+        """Lend ``tokens``, (B, T) integers."""
+        self.held.value = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The ids (B, T) for states x (B, t, D), t <= T.
+
+        Raises:
+            PomonaError: if no ids are there, or ids of another batch.
+        """
+        tokens = self.held.value
+        if tokens.dim() < 1:
+            raise PomonaError("tokens=None: a layer that routes by token needs them as an argument or by set_tokens")
+        if x.shape[:-2] != tokens.shape[:-1] or x.shape[-2] > tokens.shape[-1]:
+            raise PomonaError(f"tokens have shape {tuple(tokens.shape)}, which does not fit states {tuple(x.shape)}")
+        return tokens
+
+
+class ExpertBank(nn.Module):
+    """y = sum_k g_k W2_e act(W1_e x + b1_e) + b2_e, e = index_k: two-layer experts with stacked weights.
+
+    `dispatch` sorts the entries by expert, applies each weight to one segment of rows, and sorts back: no padding, no
+    dropping, no one-hot. Works in every floating-point type, twice differentiable, under ``torch.compile`` and under
+    ``vmap``, where the members' experts are one larger bank. Forward-mode derivatives are not defined. Subclasses with
+    other experts override `run`.
+
+    Args:
+        n_experts: E.
+        dim: features in.
+        hidden: features between.
+        out_features: features out, ``dim`` by default.
+        act: activation between, by name.
+        bias: biases b1 and b2.
+
+    Shape:
+        x (*, dim), index (*) or (*, choices), gate as index or None -> (*, out_features)
+
+    Raises:
+        PomonaError: for sizes that are not positive.
+    """
+
+    def __init__(
+        self,
+        n_experts: int,
+        dim: int,
+        hidden: int,
+        *,
+        out_features: int | None = None,
+        act: str = "relu",
+        bias: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(n_experts=n_experts, dim=dim, hidden=hidden)
+        self.n_experts, self.dim, self.out_features = n_experts, dim, out_features or dim
+        self.act = make_activation(act, features=hidden)
+        before = hidden
+        factor = getattr(self.act, "out_factor", 1)
+        if factor != 1:
+            before = round(hidden / factor)
+            self.act = make_activation(act, features=before)
+        self.up = nn.Parameter(torch.empty(n_experts, dim, before))
+        self.down = nn.Parameter(torch.empty(n_experts, hidden, self.out_features))
+        self.up_bias = nn.Parameter(torch.empty(n_experts, before)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(n_experts, self.out_features)) if bias else None
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """U(-1, 1) / sqrt(inputs), each expert as `torch.nn.Linear`."""
+        for weight, bias in ((self.up, self.up_bias), (self.down, self.down_bias)):
+            bound = weight.shape[1] ** -0.5
+            for p in (weight, bias):
+                if p is not None:
+                    nn.init.uniform_(p, -bound, bound, generator=generator)
+
+    def run(self, rows: Tensor, at: Segments) -> Tensor:
+        """Rows (entries, dim), sorted by expert, through their experts: (entries, out_features)"""
+        hidden = per_expert(segment_matmul(rows, self.up, at.ends), self.up_bias, at)
+        return per_expert(segment_matmul(self.act(hidden), self.down, at.ends), self.down_bias, at)
+
+    def dispatch(self, x: Tensor, index: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Send every token to its experts; an index of ``n_experts`` means none and adds nothing."""
+        check_input(self, x, self.dim)
+        if index.dim() < x.dim():
+            index, gate = index[..., None], None if gate is None else gate[..., None]
+        if index.shape[:-1] != x.shape[:-1]:
+            raise PomonaError(f"index of shape {tuple(index.shape)} does not fit tokens of shape {tuple(x.shape)}")
+        choices = index.shape[-1]
+        at = segments(index, self.n_experts)
+        rows = x.reshape(-1, self.dim).index_select(0, at.order // choices)
+        out = self.run(rows, at)
+        back = torch.zeros_like(at.order).scatter(0, at.order, torch.arange(len(at.order), device=x.device))
+        out = out.index_select(0, back).reshape(*index.shape, self.out_features)
+        if gate is not None:
+            out = out * gate[..., None].to(out.dtype)
+        return out.sum(-2)
+
+    def forward(self, x: Tensor, index: Tensor, gate: Tensor | None = None) -> Tensor:
+        """See `dispatch`."""
+        return self.dispatch(x, index, gate)
+
+    def load(self, index: Tensor) -> Load:
+        """How evenly ``index`` uses the experts."""
+        return load(index, self.n_experts)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"n_experts={self.n_experts}, dim={self.dim}, out_features={self.out_features}"
+
+
+def per_expert(rows: Tensor, vectors: Tensor | None, at: Segments, *, scale: Tensor | None = None) -> Tensor:
+    """scale_e * row + vector_e for sorted rows (entries, m), each expert's own (experts, m); none where it is None.
+
+    Both come in as products with a column of ones, so that their gradients are segment sums, not scattered additions.
+    """
+    ones = rows.new_ones(rows.shape[0], 1)
+    if scale is not None:
+        rows = rows * segment_matmul(ones, scale[:, None], at.ends)
+    return rows if vectors is None else rows + segment_matmul(ones, vectors[:, None], at.ends)
