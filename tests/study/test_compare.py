@@ -178,6 +178,15 @@ def test_match_gives_all_the_references_parameters():
     assert max(sizes) <= 1.02 * min(sizes) * 1.02
 
 
+def test_what_does_not_fit_the_data_is_left_out_where_that_is_allowed(tmp_path):
+    narrow = "mlp norm=group:groups=7 width=16"
+    left = compare(IRIS, candidates=["mlp width=16", narrow], optional=[narrow], zoo=str(tmp_path), **SMALL)
+    assert list(left.records) == ["mlp width=16"]
+    assert f"{narrow} was left out" in left.notes[0]
+    with pytest.raises(PomonaError, match="groups"):
+        compare(IRIS, candidates=["mlp width=16", narrow], match="params", zoo=str(tmp_path), **SMALL)
+
+
 def test_resume_runs_nothing_that_is_done_and_gives_the_same(monkeypatch):
     first = compare(IRIS, candidates=["mlp width=8"], **SMALL)
     trained = []

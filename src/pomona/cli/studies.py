@@ -112,8 +112,10 @@ def compare(
     stray = [word for word in chosen if word.startswith("-")]
     if stray:
         raise PomonaError(f"{stray[0]!r} is not an option of compare; see pomona compare --help")
+    swept: list[str] = []
     for text in slot or []:
-        chosen += [c for c in sweep(text, backbone) if c not in chosen]
+        swept += [c for c in sweep(text, backbone) if c not in {*chosen, *swept}]
+    chosen += swept
     if report is not None and not report.parent.is_dir():
         raise PomonaError(f"report={str(report)!r}: the folder {str(report.parent)!r} does not exist")
     task = load(
@@ -129,9 +131,8 @@ def compare(
             task,
             candidates=chosen or DEFAULT_CANDIDATES,
             seeds=seeds, trials=trials, budget=budget, epochs=epochs, examples=examples, seconds=seconds, flops=flops,
-            reference=reference, match=match, references=references, device=device, zoo=zoo, resume=resume,  # type: ignore[arg-type]
-            population=population, on=on,
-            progress=not as_json and sys.stderr.isatty(),
+            reference=reference, match=match, optional=swept, references=references, device=device,  # type: ignore[arg-type]
+            zoo=zoo, resume=resume, population=population, on=on, progress=not as_json and sys.stderr.isatty(),
         )  # fmt: skip
     except KeyboardInterrupt:
         print("stopped; what was finished is in the zoo, and --resume goes on from there", file=sys.stderr)

@@ -281,6 +281,16 @@ class PHMAttention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+def phm(in_features: int, out_features: int, bias: bool = True, n: int = 4, learn_rules: bool = True) -> PHMLinear:
+    """`PHMLinear` for sizes of any kind: what n does not divide is padded."""
+    return PHMLinear(in_features, out_features, n, learn_rules, bias=bias, pad=True)
+
+
+def quaternion(in_features: int, out_features: int, bias: bool = True) -> QuaternionLinear:
+    """`QuaternionLinear` for sizes of any kind: what 4 does not divide is padded."""
+    return QuaternionLinear(in_features, out_features, bias, pad=True)
+
+
 def phm_maker(n: int, **options: Any) -> Callable[[int, int], nn.Module]:
     """``linear(in_features, out_features)`` that makes a `PHMLinear` with these options."""
     return lambda in_features, out_features: PHMLinear(in_features, out_features, n, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ def compare(
     flops: float | None = None,
     reference: str | None = None,
     match: Literal["params"] | None = None,
+    optional: Collection[str] = (),
     references: bool = True,
     metric: str = "",
     device: str = "auto",
@@ -63,6 +64,7 @@ def compare(
         flops: or in floating-point operations.
         reference: the candidate that the others are compared with; the first by default.
         match: ``"params"`` gives every candidate the reference's number of parameters, within 2%, by its width.
+        optional: candidates that are left out, and named in ``study.notes``, if they do not fit the data.
         references: whether the classical models run too.
         metric: what to rank by.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
@@ -83,10 +85,6 @@ def compare(
     chosen_seeds = seed_list(seeds)
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 0:
         raise PomonaError(f"trials={trials!r} must be a whole number, 0 or more")
-    trainings = len(recipes) * ((trials if trials > 1 else 0) + len(chosen_seeds))
-    allowance, whole = choose_budget(
-        budget=budget, epochs=epochs, examples=examples, seconds=seconds, flops=flops, trainings=trainings, references=5
-    )
     if reference is not None and reference not in recipes:
         raise unknown("reference", reference, recipes)
     check_on(on)
@@ -94,11 +92,11 @@ def compare(
         choose_device(device)
     task = source if isinstance(source, Task) else load(source, target, metric=metric, **data)
     base = reference or next(iter(recipes))
-    if match == "params":
-        goal = parameters(recipes[base].build(task))
-        recipes = {label: r if label == base else r.matched(task, goal) for label, r in recipes.items()}
-    elif match is not None:
-        raise unknown("match", match, ["params"])
+    recipes, left_out = _fitted(recipes, task, base, match, {*optional} - {base})
+    trainings = len(recipes) * ((trials if trials > 1 else 0) + len(chosen_seeds))
+    allowance, whole = choose_budget(
+        budget=budget, epochs=epochs, examples=examples, seconds=seconds, flops=flops, trainings=trainings, references=5
+    )
 
     protocol = Protocol(
         candidates={label: recipe.model_dump(mode="json") for label, recipe in recipes.items()},
@@ -134,10 +132,36 @@ def compare(
         references=classical,
         seconds=time.perf_counter() - start,
         tuning=_by_candidate(runner, "tune", protocol.tuning_trials),
-        notes=runner.notes,
+        notes=[*left_out, *runner.notes],
     )
     kept.finish_study(study, {"sentences": result.sentences, "seconds": result.seconds})
     return result
+
+
+def _fitted(
+    recipes: dict[str, Recipe], task: Task, base: str, match: str | None, optional: Collection[str]
+) -> tuple[dict[str, Recipe], list[str]]:
+    """The recipes that fit the data, in the width that ``match`` asks for, and why the others do not.
+
+    Raises:
+        PomonaError: for one that does not fit and is not optional.
+    """
+    if match not in (None, "params"):
+        raise unknown("match", match, ["params"])
+    goal = parameters(recipes[base].build(task)) if match else 0
+    fitted, notes = {}, []
+    for label, recipe in recipes.items():
+        try:
+            if match and label != base:
+                recipe = recipe.matched(task, goal)
+            elif label in optional:
+                recipe.build(task)
+            fitted[label] = recipe
+        except PomonaError as error:
+            if label not in optional:
+                raise
+            notes.append(f"{label} was left out: {error}")
+    return fitted, notes
 
 
 def name_candidates(candidates: Candidates) -> dict[str, Recipe]:
