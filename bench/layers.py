@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pomona.nn.memory_layer import MemoryLayer
 from torch import Tensor, nn
 
 from pomona import catalog, options
@@ -25,6 +24,7 @@ from pomona.nn import KANLayer
 from pomona.nn.fnet import fourier_mixer
 from pomona.nn.gaudi_gblr import GaudiGBLR
 from pomona.nn.lambda_layer import LambdaLayer
+from pomona.nn.memory_layer import MemoryLayer
 from pomona.nn.mixing import AttentionMixer
 from pomona.nn.phm import PHMLinear
 
@@ -130,19 +130,19 @@ def kan(turns: int) -> dict[str, Any]:
 
 def structured(turns: int) -> dict[str, dict[str, float]]:
     """1024 -> 1024, batch 256: FLOPs and time of a step, over those of the dense layer."""
-    x = torch.randn(256, 1024)
+    x = torch.randn(256, 1024, requires_grad=True)
     layers = {
         "PHM n=4": PHMLinear(1024, 1024, 4),
         "PHM n=8": PHMLinear(1024, 1024, 8),
-        "GBLR, a quarter of the cost": GaudiGBLR(1024, 1024, cost=0.25),
+        "GBLR, a quarter of the cost": GaudiGBLR(1024, 1024, cost=0.25, sigma=math.inf, anneal_steps=0).eval(),
     }
     layers["GBLR, made compact"] = layers["GBLR, a quarter of the cost"].compact()
     timed: Timed = {"dense": (nn.Linear(1024, 1024), x), **{name: (layer, x) for name, layer in layers.items()}}
     times = {run.__name__: milliseconds(timed, run, turns) for run in (forward, step)}
-    base = flops(timed["dense"][0], x)
+    base = flops(timed["dense"][0], x.detach())
     return {
         name: {
-            "flops": flops(layer, x) / base,
+            "flops": flops(layer, x.detach()) / base,
             **{run: values[i + 1] / values[0] for run, values in times.items()},
         }
         for i, (name, layer) in enumerate(layers.items())
@@ -188,7 +188,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found = {
+    found: dict[str, Any] = {
         "rows": [compare(slot, name, chosen.turns) for slot in chosen.slots for name in catalog.slots()[slot]],
         "kan": kan(chosen.turns),
         "structured": structured(chosen.turns),

@@ -1,13 +1,15 @@
-"""Write the generated pages: the catalogue, the slots, the claims, and the counts in the README.
+"""Write the generated pages: the catalogue, the slots, the layers, the claims, and the counts in the README.
 
     python docs/generate.py            writes them
     python docs/generate.py --check    exits with 1 when one of them is stale
 
-Everything comes from catalog.toml, slots.toml and claims/ledger.json of the source tree beside this file.
+Everything comes from catalog.toml, slots.toml and claims/ledger.json of the source tree beside this file, and from what
+``bench`` left in docs/measured.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -146,6 +148,107 @@ def slots_page() -> str:
     return NOTICE + "\n".join(parts)
 
 
+def measured(name: str) -> Any:
+    """What a benchmark left, or nothing."""
+    path = DOCS / "measured" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def first_equation(paper: catalog.Paper) -> str:
+    """The first line of a part's docstring that holds an equation."""
+    for part in paper.parts:
+        doc = inspect.getdoc(catalog.load(part)) or ""
+        text = re.split(r"\n(?:Args|Shape|Raises|Returns|Source|Attributes)s?:", doc)[0]
+        sentences = [line.strip() for line in re.split(r"\n|: (?=\S+ = )", text)]
+        found = next((line for line in sentences if " = " in line or " <- " in line), "")
+        if found:
+            return found.rstrip(".:;,")
+    return ""
+
+
+def cost_ratios() -> dict[tuple[str, str], float]:
+    """(slot, name) -> time of a training step over that of the plain layer of the same shape."""
+    rows = (measured("layer_costs") or {}).get("rows", [])
+    return {(r["slot"], r["name"]): r["step"]["layer"] / r["step"]["same shape"] for r in rows if "step" in r}
+
+
+def helped() -> dict[tuple[str, str], str]:
+    """(slot, name) -> the data sets on which it was surely better, or worse, than the plain choice."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for study in measured("layer_comparisons") or []:
+        for row in study["rows"]:
+            words = found.setdefault((study["slot"], row["name"]), [])
+            if row["sure"]:
+                words.append(f"{'better' if row['difference'] > 0 else 'worse'} on {study['data']}")
+    return {key: ", ".join(words) or "no sure difference" for key, words in found.items()}
+
+
+def layers_page() -> str:
+    """Every paper of the family layers: slot, equation, cost, verdict, and where it helped."""
+    ratios, where = cost_ratios(), helped()
+    verdict = {entry["key"]: entry["verdict"] for entry in verdicts()}
+    rows = []
+    for p in (p for p in catalog.papers().values() if p.family == "layers"):
+        names = [(slot, name) for slot, own in p.slots.items() for name in own]
+        slots = ", ".join(f"`{slot}={name}`" for slot, name in names)
+        costs = ", ".join(dict.fromkeys(f"{ratios[key]:.2g}" for key in names if key in ratios))
+        data = "; ".join(f"{name}: {where[slot, name]}" for slot, name in names if (slot, name) in where)
+        equation = first_equation(p)
+        equation = f"`{escape_options(equation)}`" if equation else ""
+        link = f"[{verdict[p.key]}](claims.md#{p.key})" if p.key in verdict else p.status
+        rows.append((f"[`{p.key}`](catalogue.md)", slots, equation, costs, link, data))
+    parts = [
+        "# Layers\n",
+        "All papers on layers. *Cost* is the time of a training step over that of `nn.Linear` (or `nn.Conv2d`) of the "
+        "same shape, one number for each name; [Performance](performance.md) says how it was measured. *Verdict* is "
+        "that of the paper's claim at our scale. *Data* is where a name was surely better or worse than the plain "
+        "choice in an MLP, below.\n",
+        table(("paper", "slots", "equation", "cost", "verdict", "data"), rows),
+        "Any of them goes into your own network: after `from pomona.nn.swap import swap`, "
+        '`swap(net, "linear", "kan:grid=8").net` is a copy with another layer in the place of every linear one; its '
+        "table says what that changes in parameters and FLOPs. "
+        "`pomona compare data.csv --slot act=all` asks which one helps on your data, and "
+        "`--slot linear=all --match params` does so at equal parameters. `pomona plot ID` draws what the layers of a "
+        "kept network have learned.\n",
+    ]
+    return NOTICE + "\n".join(parts + comparisons())
+
+
+def comparisons() -> list[str]:
+    """Which activation, norm and linear layer helped on real data."""
+    studies = measured("layer_comparisons") or []
+    if not studies:
+        return []
+    first = studies[0]
+    parts = [
+        "## Which one helps?\n",
+        f"`python bench/layer_comparisons.py`: an MLP, {first['seeds']} seeds, {first['trials']} tuning trials, "
+        f"{first['epochs']:g} epochs each; linear layers at equal parameters. Mean test metric; **bold** where surely "
+        "better than the plain choice (first line), *italic* where surely worse, by a 95% interval paired over seeds. "
+        "With so many names a few sure ones are to be expected by chance.\n",
+    ]
+    notes: dict[str, None] = {}
+    for slot in dict.fromkeys(study["slot"] for study in studies):
+        own = [study for study in studies if study["slot"] == slot]
+        head = [f"{study['data']}, {study['metric']}" for study in own]
+        means: dict[str, dict[int, str]] = {}
+        plain = ""
+        for column, study in enumerate(own):
+            for row in study["rows"]:
+                if row["difference"] is None and row["mean"] is not None:
+                    plain = row["name"]
+                text = "" if row["mean"] is None else f"{row['mean']:.3g}"
+                mark = ("**" if row["difference"] > 0 else "*") if row["sure"] else ""
+                means.setdefault(row["name"], {})[column] = f"{mark}{text}{mark}"
+            notes |= dict.fromkeys(note for note in study["notes"] if "left out" in note)
+        order = [plain, *(name for name in means if name != plain)]
+        table_rows = [(f"`{name}`", *(means[name].get(i, "") for i in range(len(own)))) for name in order]
+        parts += [f"### {slot}\n", table((slot, *head), table_rows)]
+    text = DOCS / "measured" / "layer_comparisons.md"
+    taught = [text.read_text(encoding="utf-8")] if text.exists() else []
+    return [*parts, *(f"- {escape(note)}" for note in notes), "", *taught]
+
+
 def escape_options(text: str) -> str:
     """Inside backticks only the bar must be escaped."""
     return text.replace("|", "\\|")
@@ -222,6 +325,7 @@ def pages() -> dict[Path, str]:
     return {
         DOCS / "catalogue.md": catalogue_page(),
         DOCS / "slots.md": slots_page(),
+        DOCS / "layers.md": layers_page(),
         DOCS / "claims.md": claims_page(),
         ROOT / "README.md": readme(),
     }

@@ -35,7 +35,7 @@ def test_modules_choose_their_scale_and_decay():
     assert (bias["lr_scale"], bias["weight_decay"]) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "nesterov", "rmsprop"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "nesterov", "rmsprop", "lion"])
 def test_each_optimizer_lowers_a_loss(name):
     net = Gated()
     optimizer = make_optimizer(net, Training(optimizer=name, lr=0.01))

@@ -76,7 +76,7 @@ def assert_same_as_alone(members, data, budget=STEPS, fits=None, **options):
         torch.testing.assert_close(found.predict(data_x), alone.predict(data_x), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "nesterov", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd", "nesterov", "rmsprop", "lion"])
 def test_a_member_of_a_stack_equals_the_same_member_alone_for_each_optimizer(optimizer):
     base = F64.model_copy(update={"optimizer": optimizer})
     assert_same_as_alone(population(mlp, base), task())

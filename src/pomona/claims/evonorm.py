@@ -19,7 +19,7 @@ from pomona.train.budget import Budget
 from pomona.train.settings import Training
 
 SIZES: dict[Scale, dict[str, Any]] = {
-    "smoke": {"limit": 300, "small": 100, "epochs": 1, "small_epochs": 1, "width": 4, "graphs": 2},
+    "smoke": {"limit": 150, "small": 60, "epochs": 1, "small_epochs": 1, "width": 4, "graphs": 1},
     "full": {"limit": 4000, "small": 1000, "epochs": 5, "small_epochs": 3, "width": 8, "graphs": 60},
     "gpu": {"limit": 20000, "small": 6000, "epochs": 20, "small_epochs": 6, "width": 32, "graphs": 600},
 }

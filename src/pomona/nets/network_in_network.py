@@ -18,7 +18,7 @@ from pomona.errors import PomonaError, check_positive
 from pomona.nn.check import check_input
 from pomona.nn.swap import swap
 
-CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d}
+CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 POOL: dict[tuple[str, int], type[nn.Module]] = {
     ("max", 1): nn.MaxPool1d,
     ("max", 2): nn.MaxPool2d,
@@ -66,15 +66,17 @@ class MLPConv(nn.Sequential):
             padding = kernel_size // 2 if isinstance(kernel_size, int) else tuple(k // 2 for k in kernel_size)
         layers: list[nn.Module] = []
         for n, (i, o) in enumerate(pairwise((in_channels, *widths))):
-            geometry = (kernel_size, stride, padding) if n == 0 else (1,)
-            layers += [CONV[dims](i, o, *geometry, bias=bias or n + 1 < len(widths)), nn.ReLU()]
-        for layer in layers[::2]:
+            geometry = (
+                {"kernel_size": kernel_size, "stride": stride, "padding": padding} if n == 0 else {"kernel_size": 1}
+            )
+            layer = CONV[dims](i, o, **geometry, bias=bias or n + 1 < len(widths))
             if init_std is None:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             else:
                 nn.init.normal_(layer.weight, std=init_std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+            layers += [layer, nn.ReLU()]
         super().__init__(*layers[: None if last_relu else -1])
         self.in_channels = in_channels
 
@@ -92,12 +94,14 @@ def mlp_conv(
     padding: Any = 0,
     bias: bool = True,
     depth: int = 2,
+    expand: int = 2,
 ) -> MLPConv:
-    """``MLPConv`` of equal widths with ``depth`` 1x1 convolutions, the last ReLU left to the network: ``conv=mlpconv``.
+    """``MLPConv`` with ``depth`` 1x1 convolutions and ``expand`` times as many hidden channels as come out.
 
-    Source: Network In Network (arXiv 1312.4400).
+    The last ReLU is left to the network: ``convnet conv=mlpconv``. Source: Network In Network (arXiv 1312.4400).
     """
-    return MLPConv(in_channels, [out_channels] * (depth + 1), kernel_size, stride, padding, last_relu=False, bias=bias)
+    widths = [*[expand * out_channels] * depth, out_channels]
+    return MLPConv(in_channels, widths, kernel_size, stride, padding, last_relu=False, bias=bias)
 
 
 class MaxoutConv(nn.Module):
@@ -293,7 +297,8 @@ def gap_head(net: nn.Module, example: Tensor) -> nn.Module:
             f"net uses {sorted(shared)[0]!r} both before and in its head; give the head layers of its own"
         )
     channels, *positions = maps[-1][1:]
-    layers = [CONV[len(positions)](channels, order[linear[-1]][1].out_features, 1), GlobalAvgPool2d()]
+    last = order[linear[-1]][1]
+    layers: list[nn.Module] = [CONV[len(positions)](channels, last.out_features, 1), GlobalAvgPool2d()]  # type: ignore[arg-type]
     if flatten := [name for name, m, _ in before if isinstance(m, nn.Flatten)][-1:]:
         gone |= set(flatten)
     else:

@@ -358,4 +358,4 @@ def fit_coefficients(basis: Basis, x: Tensor, y: Tensor) -> Tensor:
     matrix = basis(x.double()).transpose(0, 1).cpu()  # solved on the CPU in float64: exact and rank-revealing
     target = y.double().permute(2, 0, 1).cpu()
     solution = torch.linalg.lstsq(matrix, target, driver="gelsd").solution
-    return solution.permute(2, 0, 1).to(y)
+    return solution.permute(2, 0, 1).to(y).contiguous()  # torch's L-BFGS takes no strided gradients

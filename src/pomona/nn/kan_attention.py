@@ -149,9 +149,9 @@ class KArAt(AttentionMixer):
         if project is not None and project not in PROJECTIONS:
             raise unknown("project", project, PROJECTIONS)
         self.dim, self.tokens, self.project = dim, tokens, project
-        self.operator = operator or KArAtOperator(
-            tokens, self.heads, basis=basis, grid=grid, rank=rank, generator=generator
-        )
+        if operator is None:
+            operator = KArAtOperator(tokens, self.heads, basis=basis, grid=grid, rank=rank, generator=generator)
+        self.operator = operator
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Attention (*, heads, N, N) and values (*, heads, N, d)."""

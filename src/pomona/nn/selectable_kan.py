@@ -69,7 +69,7 @@ class SelectableKANLayer(nn.Module):
         hard: use the largest alpha alone; its gradient is that of the softmax (straight-through).
         tau: temperature.
         choice_lr: learning rate of theta over that of the other weights.
-        grid: grid intervals, degree or frequencies of all members, or of each by name.
+        grid: grid intervals, degree or frequencies of all members, or of each by name (5 where none is given).
         norm: of the input: 'layer', or 'none', since a normalised input of one or two features is constant
             but for signs.
         base, options: of `KANLayer`.
@@ -118,7 +118,7 @@ class SelectableKANLayer(nn.Module):
         def make(name: str) -> nn.Module:
             if name == "base":
                 return BaseLayer(in_features, out_features, base, generator)
-            size = grid if isinstance(grid, int) else grid[name]
+            size = grid if isinstance(grid, int) else grid.get(name, 5)
             return KANLayer(in_features, out_features, grid=size, basis=name, base=base, generator=generator, **options)
 
         self.members = nn.ModuleList(make(name) for name in pool)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pomona.train.lion import Lion
 from pomona.train.rule import with_hook
 from pomona.train.settings import Training
 
@@ -51,6 +52,8 @@ def make_optimizer(net: nn.Module, training: Training) -> torch.optim.Optimizer:
             return torch.optim.Adam(groups, fused=fused)
         case "rmsprop":
             return torch.optim.RMSprop(groups)
+        case "lion":
+            return Lion(groups)
         case "sgd":
             return torch.optim.SGD(groups, momentum=training.momentum, fused=fused)
         case "nesterov":

@@ -12,7 +12,7 @@ class Training(BaseModel):
 
     Attributes:
         rule: learning rule, a name with options (``pomona list --slot rule``).
-        optimizer: which ``torch.optim`` optimiser applies the update.
+        optimizer: which optimiser applies the update: one of ``torch.optim``, or Lion.
         lr: base learning rate.
         weight_decay: decay of weight matrices and kernels; biases, norms and scales are not decayed.
         momentum: for ``sgd`` and ``nesterov``.
@@ -30,7 +30,7 @@ class Training(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     rule: str = "backprop"
-    optimizer: Literal["adamw", "adam", "sgd", "nesterov", "rmsprop"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd", "nesterov", "rmsprop", "lion"] = "adamw"
     lr: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)

@@ -81,7 +81,7 @@ def _groups(net: nn.Module, weight_decay: float) -> dict[str, tuple[float, float
 
 
 class FlatOptimizer:
-    """AdamW, Adam, SGD (Nesterov) or RMSprop of ``torch.optim`` with its defaults, one row a member.
+    """AdamW, Adam, SGD (Nesterov) or RMSprop of ``torch.optim`` with its defaults, or Lion, one row a member.
 
     Args:
         name: as in :class:`~pomona.train.settings.Training`.
@@ -94,7 +94,7 @@ class FlatOptimizer:
         self.name, self.flat, self.layout = name, flat, layout
         self.momentum = torch.tensor(momentum, dtype=flat.dtype, device=flat.device).unsqueeze(1)
         has_momentum = name in {"sgd", "nesterov"} and any(momentum)
-        self.first = torch.zeros_like(flat) if name in {"adam", "adamw"} or has_momentum else None
+        self.first = torch.zeros_like(flat) if name in {"adam", "adamw", "lion"} or has_momentum else None
         self.second = torch.zeros_like(flat) if name in {"adam", "adamw", "rmsprop"} else None
         self.delta = torch.zeros_like(flat) if name in {"adam", "adamw"} else None
         self.steps = torch.zeros((), device=flat.device)
@@ -115,7 +115,7 @@ class FlatOptimizer:
 
     def step(self, grad: Tensor, lr: Tensor, same: float | None = None) -> None:
         """Update the parameters; ``grad`` (members, P) is used up, ``lr`` is (members, 1), ``same`` if it is one."""
-        if self.name == "adamw":
+        if self.name in {"adamw", "lion"}:
             for columns, scale, decay in self.decayed:
                 self.flat[:, columns].mul_(1 - lr * scale * decay)
         else:
@@ -140,6 +140,10 @@ class FlatOptimizer:
             return grad.div_(self.second.sqrt().add_(1e-8)).neg_()  # type: ignore[union-attr]
         if self.first is None:
             return grad.neg_()
+        if self.name == "lion":
+            direction = torch.lerp(self.first, grad, 0.1).sign_().neg_()
+            self.first.lerp_(grad, 0.01)
+            return direction
         self.first.mul_(self.momentum).add_(grad)
         return grad.addcmul_(self.first, self.momentum).neg_() if self.name == "nesterov" else self.first.neg()
 
