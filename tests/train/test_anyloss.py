@@ -6,7 +6,6 @@ from torch.nn import functional as F
 
 from pomona.errors import PomonaError
 from pomona.train.anyloss import (
-    METRICS,
     AnyLoss,
     BrierLoss,
     CrossEntropy,
@@ -16,6 +15,7 @@ from pomona.train.anyloss import (
     WeightedCrossEntropy,
     fit_threshold,
 )
+from pomona.train.soft_metrics import METRICS
 
 G = torch.Generator().manual_seed(0)
 Y = (torch.rand(200, generator=G) < 0.3).double()

@@ -15,7 +15,6 @@ from pomona.data import Task, load, tensors
 from pomona.errors import require
 from pomona.nets.specs import Outputs
 from pomona.train.anyloss import (
-    METRICS,
     AnyLoss,
     BrierLoss,
     CrossEntropy,
@@ -26,6 +25,7 @@ from pomona.train.anyloss import (
 from pomona.train.budget import Budget
 from pomona.train.loop import Fit, predict
 from pomona.train.settings import Training
+from pomona.train.soft_metrics import METRICS
 
 SIZES: dict[Scale, dict[str, Any]] = {
     "smoke": {"tables": (), "digits": (8,), "epochs": 3},

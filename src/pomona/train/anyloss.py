@@ -11,103 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pomona.errors import PomonaError, unknown
-
-
-class Counts(NamedTuple):
-    """Entries of a (soft) confusion matrix, each of shape (columns,)."""
-
-    tp: Tensor
-    fn: Tensor
-    fp: Tensor
-    tn: Tensor
-
-
-Metric = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-EPS = 1e-7
-
-
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    return part / whole.clamp_min(EPS)
-
-
-def f_beta(beta: float) -> Metric:
-    """(1 + b^2) TP / ((1 + b^2) TP + b^2 FN + FP)."""
-
-    def metric(tp: Tensor, fn: Tensor, fp: Tensor, tn: Tensor) -> Tensor:
-        weighted = (1 + beta**2) * tp
-        return _ratio(weighted, weighted + beta**2 * fn + fp)
-
-    return metric
-
-
-def _sensitivity(tp: Tensor, fn: Tensor, fp: Tensor, tn: Tensor) -> Tensor:
-    return _ratio(tp, tp + fn)
-
-
-def _specificity(tp: Tensor, fn: Tensor, fp: Tensor, tn: Tensor) -> Tensor:
-    return _ratio(tn, tn + fp)
-
-
-def _youden(tp: Tensor, fn: Tensor, fp: Tensor, tn: Tensor) -> Tensor:
-    return _sensitivity(tp, fn, fp, tn) + _specificity(tp, fn, fp, tn) - 1
-
-
-def _gmean(tp: Tensor, fn: Tensor, fp: Tensor, tn: Tensor) -> Tensor:
-    # the clamp keeps the square root's slope finite at 0
-    return (_sensitivity(tp, fn, fp, tn) * _specificity(tp, fn, fp, tn)).clamp_min(EPS).sqrt()
-
-
-def _mcc(tp: Tensor, fn: Tensor, fp: Tensor, tn: Tensor) -> Tensor:
-    # four square roots instead of one of the product, which overflows float32 for large batches
-    whole = [(a + b).clamp_min(EPS).sqrt() for a, b in ((tp, fp), (tp, fn), (tn, fp), (tn, fn))]
-    return (tp / whole[0] / whole[1]) * (tn / whole[2] / whole[3]) - (fp / whole[0] / whole[2]) * (
-        fn / whole[1] / whole[3]
-    )
-
-
-def _kappa(tp: Tensor, fn: Tensor, fp: Tensor, tn: Tensor) -> Tensor:
-    return _ratio(2 * (tp * tn - fn * fp), (tp + fp) * (fp + tn) + (tp + fn) * (fn + tn))
-
-
-METRICS: dict[str, Metric] = {
-    "accuracy": lambda tp, fn, fp, tn: _ratio(tp + tn, tp + fn + fp + tn),
-    "balanced_accuracy": lambda tp, fn, fp, tn: (_youden(tp, fn, fp, tn) + 1) / 2,
-    "f1": f_beta(1.0),
-    "f2": f_beta(2.0),
-    "f05": f_beta(0.5),
-    "gmean": _gmean,
-    "jaccard": lambda tp, fn, fp, tn: _ratio(tp, tp + fn + fp),
-    "mcc": _mcc,
-    "youden": _youden,
-    "informedness": _youden,
-    "precision": lambda tp, fn, fp, tn: _ratio(tp, tp + fp),
-    "recall": _sensitivity,
-    "specificity": _specificity,
-    "kappa": _kappa,
-}
-"""Metrics of soft counts (tp, fn, fp, tn), best at 1."""
-
-
-def metric_function(metric: str | Metric) -> Metric:
-    """The metric of a name, of names joined by ``+`` (their mean), or the function itself.
-
-    Raises:
-        PomonaError: for a name that is not known.
-    """
-    if callable(metric):
-        return metric
-    for name in metric.split("+"):
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
-    chosen = [METRICS[name] for name in metric.split("+")]
-    return lambda tp, fn, fp, tn: torch.stack([m(tp, fn, fp, tn) for m in chosen]).mean(0)
+from pomona.train.soft_metrics import Counts, Metric, metric_function, ratio
 
 
 def one_versus_rest(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +54,8 @@ class ConfusionLoss(nn.Module):
     are 0/0, falls back to binary cross-entropy.
 
     Args:
-        metric: a name in :data:`METRICS`, names joined by ``+``, or a function (tp, fn, fp, tn) -> score.
+        metric: a name in `pomona.train.soft_metrics.METRICS`, names joined by ``+``, or a function (tp, fn, fp, tn) ->
+            score.
         reduction: ``batch`` counts the batch alone; ``ema`` adds a decaying sum of earlier batches' counts (detached),
             for small batches. It keeps state, so it is not for ``vmap``.
         decay: of the ``ema`` counts.
@@ -258,7 +170,7 @@ class AnyLoss(ConfusionLoss):
         matrix = y.T @ torch.softmax(self.sharpness * torch.log_softmax(logit, -1), -1)  # (true, predicted)
         tp, total = matrix.diagonal(), matrix.sum()
         if self.metric_name == "accuracy":  # of the K-class problem, not the mean of K binary ones
-            return 1 - _ratio(tp.sum(), total)
+            return 1 - ratio(tp.sum(), total)
         fn, fp = matrix.sum(1) - tp, matrix.sum(0) - tp
         return self.score(Counts(tp, fn, fp, total - tp - fn - fp), logit, y)
 

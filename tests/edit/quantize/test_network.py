@@ -62,7 +62,7 @@ def test_fewer_bits_lose_more(net, x):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_state_dict_copy_and_pickle(net, x):
+def test_state_dict_and_copy(net, x):
     q = quantize(net, x)
     other = quantize(net, 3 * x)
     other.load_state_dict(q.state_dict())

@@ -11,8 +11,9 @@ from pomona.options import check_options
 from pomona.recipe.ludwig.combiners import COMBINERS
 from pomona.recipe.ludwig.decoders import DECODERS
 from pomona.recipe.ludwig.ecd import ordered
-from pomona.recipe.ludwig.encoders import REDUCTIONS, check_encoder
+from pomona.recipe.ludwig.encoders import check_encoder
 from pomona.recipe.ludwig.features import TYPES, FeatureType, Missing, get_type
+from pomona.recipe.ludwig.reductions import REDUCTIONS
 
 if TYPE_CHECKING:
     from pomona.recipe.ludwig.config import Config, Input, OutputFeature, SplitConfig

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pomona.errors import PomonaError, unknown
 from pomona.recipe.ludwig.decoders import Generator
-from pomona.recipe.ludwig.encoders import reduce_steps
+from pomona.recipe.ludwig.reductions import reduce_steps
 
 
 def ordered(dependencies: Mapping[str, Sequence[str]]) -> list[str]:
