@@ -5,9 +5,17 @@ import torch
 from torch import nn
 
 from pomona.errors import PomonaError
-from pomona.measure.layer_figures import block_figure, eigenvector_figure, figures, kernel_figure, usage_figure
+from pomona.measure.layer_figures import (
+    block_figure,
+    edge_functions_figure,
+    eigenvector_figure,
+    figures,
+    kernel_figure,
+    usage_figure,
+)
 from pomona.nn.bilinear import Bilinear, BilinearNet
 from pomona.nn.gaudi_gblr import GaudiGBLR
+from pomona.nn.kan import KANLayer
 
 
 def test_eigenvectors_of_each_class_are_images_with_their_values():
@@ -18,6 +26,16 @@ def test_eigenvectors_of_each_class_are_images_with_their_values():
     assert figure.layout.annotations[0].text.startswith("class 0: ")
     lone = eigenvector_figure(Bilinear(9, 5, bias=True), directions=2, pairs=3)
     assert len(lone.data) == 6
+
+
+def test_edge_functions_run_over_the_grid():
+    layer = KANLayer(3, 2, grid_range=(-2.0, 1.0))
+    figure = edge_functions_figure(layer, most=4)
+    assert len(figure.data) == 4
+    assert (figure.data[0].x[0], figure.data[0].x[-1]) == (-2.0, 1.0)
+    i, o = (int(n) for n in figure.layout.annotations[0].text.split(" → "))
+    x = torch.tensor(figure.data[0].x)[:, None].expand(-1, 3)
+    torch.testing.assert_close(torch.tensor(figure.data[0].y), layer.edges(x)[:, o, i].detach())
 
 
 def test_kernels_are_drawn_one_a_picture():

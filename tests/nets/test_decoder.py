@@ -88,6 +88,7 @@ def test_ties_starts_gradients_and_the_empty_batch():
     assert small.blocks[0].ffn.up.weight.detach().std().item() == pytest.approx(0.02, rel=0.05)
 
 
+@pytest.mark.slow
 def test_compiles_whole():
     torch.compiler.reset()
     model = make()

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pomona import catalog
-from pomona.errors import PomonaError, check_positive, require
+from pomona.errors import PomonaError, check_positive
 from pomona.nn.bilinear import Bilinear, BilinearNet
 from pomona.nn.bilinear_analysis import Eigen, eig, eig_features, svd_tensor
 from pomona.nn.gaudi_gblr import GaudiGBLR
+from pomona.nn.kan import KANLayer
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 def image_grid(images: Tensor, titles: Sequence[str], columns: int = 8) -> Figure:
     """Matrices (n, height, width) side by side, zero in the middle of each one's colours."""
-    graph_objects = require("plotly.graph_objects", "report")
-    subplots = require("plotly.subplots", "report")
+    from plotly import graph_objects, subplots
+
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     figure = subplots.make_subplots(rows, columns, subplot_titles=list(titles), vertical_spacing=0.3 / max(rows, 2))
@@ -85,6 +86,8 @@ def kernel_figure(layer: nn.Module, *, most: int = 16) -> Figure:
 
 def block_figure(layer: GaudiGBLR) -> Figure:
     """How many of the learned blocks cover each entry of the matrix."""
+    from plotly import graph_objects
+
     boxes = layer.usage()
     rows, columns = torch.zeros(2, len(boxes["start"]), max(layer.out_features, layer.in_features))
     for i, (start, size) in enumerate(zip(boxes["start"].tolist(), boxes["size"].tolist(), strict=True)):
@@ -93,7 +96,6 @@ def block_figure(layer: GaudiGBLR) -> Figure:
         ):
             marks[torch.arange(first, first + count) % total] = 1  # boxes go on at the other end
     cover = rows[:, : layer.out_features].T @ columns[:, : layer.in_features]
-    graph_objects = require("plotly.graph_objects", "report")
     figure = graph_objects.Figure(graph_objects.Heatmap(z=cover.tolist(), colorscale="Blues", colorbar_title="blocks"))
     figure.update_layout(xaxis_title="input", yaxis_title="output", yaxis_autorange="reversed")
     figure.update_yaxes(scaleanchor="x")
@@ -102,7 +104,8 @@ def block_figure(layer: GaudiGBLR) -> Figure:
 
 def usage_figure(counts: Tensor) -> Figure:
     """Slots of a memory by how often they were read, most often first, on logarithmic axes."""
-    graph_objects = require("plotly.graph_objects", "report")
+    from plotly import graph_objects
+
     ranked = counts.flatten().float().sort(descending=True).values
     ranked = ranked[ranked > 0]
     figure = graph_objects.Figure(graph_objects.Scatter(x=list(range(1, len(ranked) + 1)), y=ranked.tolist()))
@@ -111,14 +114,32 @@ def usage_figure(counts: Tensor) -> Figure:
     return figure
 
 
-def _kan(layer: nn.Module) -> Figure:
-    from pomona.measure.kan_figures import edge_figure
+def edge_functions_figure(layer: KANLayer, *, most: int = 16, points: int = 101) -> Figure:
+    """The edge functions of a KAN layer over its grid, those that vary most first.
 
-    return edge_figure(layer)
+    `pomona.measure.kan_figures.edge_figure` draws them over the inputs that a network really sees.
+    """
+    from plotly import graph_objects, subplots
+
+    check_positive(most=most, points=points)
+    edges = layer.basis.edges
+    with torch.no_grad():
+        x = torch.lerp(edges[:, 0], edges[:, -1], torch.linspace(0, 1, points).to(edges)[:, None])
+        curves = layer.edges(x)
+    ranked = curves.std(0).flatten().argsort(descending=True, stable=True)[:most].tolist()
+    columns = math.ceil(math.sqrt(len(ranked)))
+    rows = math.ceil(len(ranked) / columns)
+    chosen = [divmod(index, layer.in_features) for index in ranked]
+    figure = subplots.make_subplots(rows, columns, subplot_titles=[f"{i} → {o}" for o, i in chosen])
+    for place, (o, i) in enumerate(chosen):
+        curve = graph_objects.Scatter(x=x[:, i].tolist(), y=curves[:, o, i].tolist(), showlegend=False)
+        figure.add_trace(curve, place // columns + 1, place % columns + 1)
+    figure.update_layout(height=80 + 170 * rows)
+    return figure
 
 
 DRAWN: dict[str, Callable[..., Figure]] = {
-    "pomona.nn.kan:KANLayer": _kan,
+    "pomona.nn.kan:KANLayer": edge_functions_figure,
     "pomona.nn.bilinear:BilinearNet": eigenvector_figure,
     "pomona.nn.bilinear:Bilinear": eigenvector_figure,
     "pomona.nn.coord_kernel:CoordKernel": kernel_figure,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
@@ -222,13 +223,75 @@ class TokenContext(nn.Module):
         return tokens
 
 
-class ExpertBank(nn.Module):
-    """y = sum_k g_k W2_e act(W1_e x + b1_e) + b2_e, e = index_k: two-layer experts with stacked weights.
+def shapes_may_depend_on_values() -> bool:
+    """Whether neither compilation nor a transform of ``torch.func`` is under way."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
 
-    `dispatch` sorts the entries by expert, applies each weight to one segment of rows, and sorts back: no padding, no
-    dropping, no one-hot. Works in every floating-point type, twice differentiable, under ``torch.compile`` and under
-    ``vmap``, where the members' experts are one larger bank. Forward-mode derivatives are not defined. Subclasses with
-    other experts override `run`.
+
+class Experts(nn.Module):
+    """Experts that share a shape; subclasses define `run`.
+
+    `dispatch` sorts the entries by expert, applies each expert to one segment of rows, and sorts back: no padding, no
+    dropping, no one-hot. With `segment_matmul` it works in every floating-point type, twice differentiable, under
+    ``torch.compile`` and under ``vmap``, where the members' experts are one larger bank. Forward-mode derivatives are
+    not defined.
+
+    Args:
+        n_experts: E.
+        dim: features in.
+        out_features: features out, ``dim`` by default.
+
+    Shape:
+        x (*, dim), index (*) or (*, choices), gate as index or None -> (*, out_features)
+
+    Raises:
+        PomonaError: for sizes that are not positive, or an index that does not fit the tokens.
+    """
+
+    def __init__(self, n_experts: int, dim: int, out_features: int | None = None) -> None:
+        super().__init__()
+        check_positive(n_experts=n_experts, dim=dim)
+        self.n_experts, self.dim, self.out_features = n_experts, dim, out_features or dim
+
+    def run(self, rows: Tensor, at: Segments) -> Tensor:
+        """Rows (entries, dim), sorted by expert, through their experts: (entries, out_features)"""
+        raise NotImplementedError("a bank of experts defines run(rows, at)")
+
+    def dispatch(self, x: Tensor, index: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Send every token to its experts; an index of ``n_experts`` means none and adds nothing."""
+        check_input(self, x, self.dim)
+        if index.dim() < x.dim():
+            index, gate = index[..., None], None if gate is None else gate[..., None]
+        if index.shape[:-1] != x.shape[:-1]:
+            raise PomonaError(f"index of shape {tuple(index.shape)} does not fit tokens of shape {tuple(x.shape)}")
+        order, expert, ends = segments(index, self.n_experts)
+        back = torch.zeros_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
+        nobody = 0
+        if shapes_may_depend_on_values():  # leave out the entries that go to no expert
+            nobody = len(order) - int(ends[-1])
+            order, expert = order[: int(ends[-1])], expert[: int(ends[-1])]
+        rows = x.reshape(-1, self.dim).index_select(0, order // index.shape[-1])
+        out = F.pad(self.run(rows, Segments(order, expert, ends)), (0, 0, 0, nobody))
+        out = out.index_select(0, back).reshape(*index.shape, self.out_features)
+        if gate is not None:
+            out = out * gate[..., None].to(out.dtype)
+        return out.sum(-2)
+
+    def forward(self, x: Tensor, index: Tensor, gate: Tensor | None = None) -> Tensor:
+        """See `dispatch`."""
+        return self.dispatch(x, index, gate)
+
+    def load(self, index: Tensor) -> Load:
+        """How evenly ``index`` uses the experts."""
+        return load(index, self.n_experts)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"n_experts={self.n_experts}, dim={self.dim}, out_features={self.out_features}"
+
+
+class ExpertBank(Experts):
+    """y = sum_k g_k (act(x W1_e + b1_e) W2_e + b2_e), e = index_k: two-layer experts with stacked weights.
 
     Args:
         n_experts: E.
@@ -256,9 +319,8 @@ class ExpertBank(nn.Module):
         bias: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        check_positive(n_experts=n_experts, dim=dim, hidden=hidden)
-        self.n_experts, self.dim, self.out_features = n_experts, dim, out_features or dim
+        super().__init__(n_experts, dim, out_features)
+        check_positive(hidden=hidden)
         self.act = make_activation(act, features=hidden)
         before = hidden
         factor = getattr(self.act, "out_factor", 1)
@@ -280,38 +342,9 @@ class ExpertBank(nn.Module):
                     nn.init.uniform_(p, -bound, bound, generator=generator)
 
     def run(self, rows: Tensor, at: Segments) -> Tensor:
-        """Rows (entries, dim), sorted by expert, through their experts: (entries, out_features)"""
+        """See `Experts`."""
         hidden = per_expert(segment_matmul(rows, self.up, at.ends), self.up_bias, at)
         return per_expert(segment_matmul(self.act(hidden), self.down, at.ends), self.down_bias, at)
-
-    def dispatch(self, x: Tensor, index: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Send every token to its experts; an index of ``n_experts`` means none and adds nothing."""
-        check_input(self, x, self.dim)
-        if index.dim() < x.dim():
-            index, gate = index[..., None], None if gate is None else gate[..., None]
-        if index.shape[:-1] != x.shape[:-1]:
-            raise PomonaError(f"index of shape {tuple(index.shape)} does not fit tokens of shape {tuple(x.shape)}")
-        choices = index.shape[-1]
-        at = segments(index, self.n_experts)
-        rows = x.reshape(-1, self.dim).index_select(0, at.order // choices)
-        out = self.run(rows, at)
-        back = torch.zeros_like(at.order).scatter(0, at.order, torch.arange(len(at.order), device=x.device))
-        out = out.index_select(0, back).reshape(*index.shape, self.out_features)
-        if gate is not None:
-            out = out * gate[..., None].to(out.dtype)
-        return out.sum(-2)
-
-    def forward(self, x: Tensor, index: Tensor, gate: Tensor | None = None) -> Tensor:
-        """See `dispatch`."""
-        return self.dispatch(x, index, gate)
-
-    def load(self, index: Tensor) -> Load:
-        """How evenly ``index`` uses the experts."""
-        return load(index, self.n_experts)
-
-    def extra_repr(self) -> str:
-        """Sizes."""
-        return f"n_experts={self.n_experts}, dim={self.dim}, out_features={self.out_features}"
 
 
 def per_expert(rows: Tensor, vectors: Tensor | None, at: Segments, *, scale: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_divisible, check_positive
 from pomona.nn.check import check_input
+from pomona.nn.experts import shapes_may_depend_on_values
 from pomona.nn.feedforward import FeedForward
 
 
@@ -132,8 +133,7 @@ class MemoryValues(nn.Module):
     def forward(self, slot: Tensor, share: Tensor) -> Tensor:
         """sum_k share_k V[slot_k]: (n, k), (n, k) -> (n, v_dim)"""
         share = share.to(self.weight.dtype)
-        inside = torch._C._functorch  # under vmap the fused sum has no batched form
-        if not torch.compiler.is_compiling() and inside.maybe_current_level() is not None:
+        if not (torch.compiler.is_compiling() or shapes_may_depend_on_values()):  # vmap knows no batched fused sum
             return (share[:, None] @ F.embedding(slot, self.weight))[:, 0]
         return F.embedding_bag(slot, self.weight, per_sample_weights=share, mode="sum", sparse=self.sparse)
 

@@ -197,7 +197,7 @@ class PolyBlock(nn.Module):
         """See the class."""
         for norm, layer in zip(self.norms, (self.first, self.second), strict=True):
             change = layer(norm(x))
-            x = x + self.branch(change.unsqueeze(1).flatten(1, -2)).view(x.shape)
+            x = x + self.branch(change.unsqueeze(1).flatten(1, -2)).reshape(x.shape)
         return x
 
 
@@ -253,7 +253,8 @@ def mu_ffn(dim: int, hidden: int, *, rank: int | None = None, norm: bool = True)
 class PolyODE(nn.Module):
     """dx/dt = f(x), f a Mu-layer without norms: a vector field of degree 2 whose `coefficients` can be read.
 
-    Integrated by the classical Runge-Kutta method of fourth order.
+    Integrated by the classical Runge-Kutta method of fourth order. C starts at 0, hence at rest: random fields of
+    degree 2 send most paths to infinity.
 
     Args:
         dim: size of x.
@@ -280,8 +281,10 @@ class PolyODE(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(dim=dim, steps=steps)
-        options = {"rank": rank or dim, "norm": False, "generator": generator}
-        self.field = field or MuLayer(dim, hidden or 4 * dim, dim, **options)  # type: ignore[arg-type]
+        if field is None:
+            field = MuLayer(dim, hidden or 4 * dim, dim, rank=rank or dim, norm=False, generator=generator)
+            nn.init.zeros_(field.c.weight)
+        self.field = field
         self.steps = steps
 
     def forward(self, x: Tensor, times: Tensor) -> Tensor:

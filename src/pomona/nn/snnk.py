@@ -57,7 +57,8 @@ def gaussian_directions(
     if not orthogonal:
         return torch.randn(rows, columns, generator=generator)
     blocks = -(-rows // columns)
-    square = torch.linalg.qr(torch.randn(blocks, columns, columns, generator=generator)).Q
+    q, r = torch.linalg.qr(torch.randn(blocks, columns, columns, generator=generator))
+    square = q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None]  # the signs make q uniform over the rotations
     lengths = torch.randn(rows, columns, generator=generator).norm(dim=1, keepdim=True)
     return square.mT.flatten(0, 1)[:rows] * lengths
 
@@ -76,8 +77,8 @@ class SNNK(nn.Module):
 
     Args:
         in_features, out_features: sizes.
-        m: real features; of 'sin', 'cos' and 'gauss' two come from each draw, so that m is even. By default a quarter
-            of in_features, at least 2.
+        m: real features; of 'sin', 'cos' and 'gauss' two come from each draw, so that m is even. By default half of
+            in_features, at least 2.
         f: 'relu', 'sin', 'cos', 'gauss' or 'exp'.
         bias: whether the layer that is replaced has a b.
         mode: 'trainable' (Psi is a parameter, and W only its start) or 'frozen' (a constant).
@@ -120,7 +121,7 @@ class SNNK(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        m = max(2, in_features // 8 * 2) if m is None else m
+        m = max(2, in_features // 4 * 2) if m is None else m
         check_positive(in_features=in_features, out_features=out_features, m=m)
         if f not in ("relu", *FUNCTIONS):
             raise unknown("f", f, ("relu", *FUNCTIONS))
@@ -338,19 +339,17 @@ def bundle(
     ):
         raise PomonaError(f"layers={layers}: the network must start with so many pairs of nn.Linear and nn.ReLU")
     maps: list[tuple[Tensor, Tensor]] = []
-    weight = shift = None
+    ends: list[tuple[Tensor, Tensor]] = []
     for linear, _ in pairs:
         one = SNNK.like(linear, m, orthogonal=orthogonal, generator=generator)  # type: ignore[arg-type]
-        g = one.directions
-        maps.append((g, g.new_zeros(m)) if weight is None else (g @ weight, g @ shift))
-        weight, shift = one.psi.detach(), one.bias if one.bias is not None else g.new_zeros(one.out_features)
-        shift = shift.detach()
+        g, bias = one.directions, one.psi.new_zeros(one.out_features) if one.bias is None else one.bias
+        maps.append((g @ ends[-1][0], g @ ends[-1][1]) if ends else (g, g.new_zeros(m)))
+        ends.append((one.psi.detach(), bias.detach()))
     rest = modules[2 * layers :]
-    assert weight is not None and shift is not None
-    if len(rest) == 1 and isinstance(rest[0], nn.Linear):
-        last = rest.pop()
-        bias = last.bias if last.bias is not None else 0
-        weight, shift = last.weight @ weight, last.weight @ shift + bias
+    weight, shift = ends[-1]
+    if len(rest) == 1 and isinstance(last := rest[0], nn.Linear):
+        rest, shift = [], F.linear(shift, last.weight, last.bias)
+        weight = last.weight @ weight
     return nn.Sequential(Bundle(maps, weight, shift, train_maps), *copy.deepcopy(rest))
 
 
