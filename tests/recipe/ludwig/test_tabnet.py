@@ -2,19 +2,20 @@ import pytest
 import torch
 
 from pomona.errors import PomonaError
-from pomona.recipe.ludwig.tabnet import GhostBatchNorm, TabNet, sparsemax
+from pomona.nn.kan_attention import project_simplex
+from pomona.recipe.ludwig.tabnet import GhostBatchNorm, TabNet
 
 
 def test_sparsemax_is_the_projection_onto_the_simplex():
     torch.manual_seed(0)
     z = torch.randn(20, 6, dtype=torch.float64)
-    p = sparsemax(z)
+    p = project_simplex(z)
     torch.testing.assert_close(p.sum(-1), torch.ones(20, dtype=torch.float64))
     assert (p >= 0).all() and (p == 0).any()
     others = torch.rand(2000, 1, 6, dtype=torch.float64) ** 3
     others = others / others.sum(-1, keepdim=True)
     assert ((others - z).square().sum(-1) >= (p - z).square().sum(-1) - 1e-12).all()
-    torch.testing.assert_close(sparsemax(torch.tensor([[0.5, 0.3]])), torch.tensor([[0.6, 0.4]]))
+    torch.testing.assert_close(project_simplex(torch.tensor([[0.5, 0.3]])), torch.tensor([[0.6, 0.4]]))
 
 
 def test_masks_follow_the_equations_and_lie_on_the_simplex():
@@ -31,7 +32,7 @@ def test_masks_follow_the_equations_and_lie_on_the_simplex():
     expected = 0
     for step in range(3):
         prior = (1.2 - masks[:step]).prod(0)
-        torch.testing.assert_close(masks[step], sparsemax(prior * net.attend[step](a)))
+        torch.testing.assert_close(masks[step], project_simplex(prior * net.attend[step](a)))
         hidden = net.transformers[step + 1](masks[step] * x)
         expected, a = expected + hidden[:, :5].relu(), hidden[:, 5:]
     torch.testing.assert_close(total, expected)

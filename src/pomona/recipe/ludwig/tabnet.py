@@ -6,22 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_positive
-
-
-def sparsemax(z: Tensor) -> Tensor:
-    """The Euclidean projection of ``z`` onto the simplex: max(z - tau, 0), with tau such that entries sum to 1.
-
-    Source: From Softmax to Sparsemax, arXiv 1602.02068.
-
-    Shapes:
-        (*, n) -> (*, n)
-    """
-    ordered = z.sort(-1, descending=True).values
-    total = ordered.cumsum(-1) - 1
-    count = torch.arange(1, z.shape[-1] + 1, device=z.device, dtype=z.dtype)
-    kept = (count * ordered > total).sum(-1, keepdim=True)
-    tau = total.gather(-1, kept - 1) / kept
-    return (z - tau).clamp(min=0)
+from pomona.nn.kan_attention import project_simplex
 
 
 class GhostBatchNorm(nn.Module):
@@ -128,7 +113,7 @@ class TabNet(nn.Module):
         hidden = self.transformers[0](x)
         prior, total, masks = torch.ones_like(x), x.new_zeros(len(x), self.width), []
         for attend, transform in zip(self.attend, self.transformers[1:], strict=True):
-            mask = sparsemax(prior * attend(hidden[:, self.width :]))
+            mask = project_simplex(prior * attend(hidden[:, self.width :]))
             masks.append(mask)
             prior = prior * (self.relaxation - mask)
             hidden = transform(mask * x)
