@@ -13,6 +13,10 @@ from pomona.options import Option
 from pomona.recipe.recipe import Recipe
 
 
+RATES = {"sgd": (1e-3, 1.0), "nesterov": (1e-3, 1.0), "lion": (5e-5, 5e-3)}
+"""Learning rates by optimiser, where they are not Adam's."""
+
+
 def space(recipe: Recipe) -> dict[str, Any]:
     """What is tuned: learning rate and weight decay unless the recipe fixes them, and what its layers declare.
 
@@ -21,8 +25,7 @@ def space(recipe: Recipe) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if "lr" not in recipe.training:
-        sgd = recipe.training.get("optimizer") in {"sgd", "nesterov"}
-        found["lr"] = (1e-3, 1.0) if sgd else (2e-4, 2e-2)
+        found["lr"] = RATES.get(recipe.training.get("optimizer", ""), (2e-4, 2e-2))
     if "weight_decay" not in recipe.training:
         found["weight_decay"] = (1e-5, 1e-1)
     for slot, default in keys(recipe.backbone)[0].items():
