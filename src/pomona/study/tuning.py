@@ -12,7 +12,6 @@ from pomona.nets.build import keys
 from pomona.options import Option
 from pomona.recipe.recipe import Recipe
 
-
 RATES = {"sgd": (1e-3, 1.0), "nesterov": (1e-3, 1.0), "lion": (5e-5, 5e-3)}
 """Learning rates by optimiser, where they are not Adam's."""
 
