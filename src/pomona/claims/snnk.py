@@ -120,9 +120,9 @@ def perceptron(width: int, classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU(), nn.Linear(width, classes))
 
 
-def adapted(trunk: nn.Module, make: Callable[[], nn.Module], classes: int) -> nn.Sequential:
+def adapted(trunk: Any, make: Callable[[], nn.Module], classes: int) -> nn.Sequential:
     """A frozen copy of the trunk with an adapter after each hidden layer and a new head."""
-    flatten, first, _, second, _, head = copy.deepcopy(trunk).requires_grad_(False)  # type: ignore[misc]
+    flatten, first, _, second, _, head = copy.deepcopy(trunk).requires_grad_(False)
     new_head = nn.Linear(head.in_features, classes)
     return nn.Sequential(flatten, first, nn.ReLU(), make(), second, nn.ReLU(), make(), new_head)
 
@@ -184,7 +184,7 @@ def whole_networks(task: Task, sizes: dict[str, Any], seeds: Sequence[int]) -> d
             best = max(tried, key=lambda done: done.valid["accuracy"])
             found[name].append(evaluate(best.predict, task, "test")["accuracy"])
         start = time.perf_counter()
-        net = seeded(lambda: perceptron(width, 10), seed)[1:]
+        net: Any = seeded(lambda: perceptron(width, 10)[1:], seed)
         merged = fully_bundled(net, 16 * m, generator=torch.Generator().manual_seed(seed + TUNING_SEED))
         x, fits = train.x.flatten(1), []
         for ridge in (1e-2, 1e-1, 1.0):
