@@ -12,14 +12,16 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pomona import catalog, options
 from pomona.nets.cost import flops, parameters, training_memory
+from pomona.nets.scaling import scaling
 from pomona.nn import KANLayer
 from pomona.nn.fnet import fourier_mixer
 from pomona.nn.gaudi_gblr import GaudiGBLR
@@ -149,35 +151,28 @@ def structured(turns: int) -> dict[str, dict[str, float]]:
     }
 
 
-def slope(sizes: Sequence[int], times: Sequence[float]) -> float:
-    """Least squares on logarithms."""
-    x, y = torch.tensor(sizes).double().log(), torch.tensor(times).double().log()
-    x = x - x.mean()
-    return float((x * y).sum() / x.square().sum())
-
-
-def growth(make: Callable[[int], tuple[nn.Module, Tensor]], sizes: Sequence[int], turns: int) -> dict[str, Any]:
-    times = [milliseconds({"": make(size)}, forward, turns)[0] for size in sizes]
-    return {"sizes": list(sizes), "ms": times, "exponent": slope(sizes, times)}
-
-
-def scaling(turns: int) -> dict[str, Any]:
-    lengths, slots = (256, 512, 1024, 2048), (2**12, 2**14, 2**16, 2**18)
-
-    def tokens(n: int) -> Tensor:
-        return torch.randn(1, n, 64)
-
-    return {
-        "memory layer, slots": growth(
-            lambda n: (MemoryLayer(64, math.isqrt(n), heads=1, k_dim=64, topk=8), torch.randn(512, 64)), slots, turns
-        ),
-        "fourier, tokens": growth(lambda n: (fourier_mixer(64, n), tokens(n)), lengths, turns),
-        "lambda of a window, tokens": growth(
-            lambda n: (LambdaLayer(64, n, scope=7, ndim=1), tokens(n)), lengths, turns
-        ),
-        "lambda of all, tokens": growth(lambda n: (LambdaLayer(64, n, ndim=1), tokens(n)), lengths, turns),
-        "attention, tokens": growth(lambda n: (AttentionMixer(64, heads=4), tokens(n)), lengths, turns),
+def growth(turns: int) -> dict[str, Any]:
+    """How costs grow with the slots of a memory, and with the tokens of a sequence."""
+    slots = (2**12, 2**14, 2**16, 2**18)
+    timed = {n: (MemoryLayer(64, math.isqrt(n), heads=1, k_dim=64, topk=8), torch.randn(512, 64)) for n in slots}
+    times = milliseconds({str(n): pair for n, pair in timed.items()}, forward, turns)
+    found: dict[str, Any] = {
+        "memory layer, slots": {
+            "sizes": slots, "ms": times, "exponents": {"seconds": float(np.polyfit(np.log(slots), np.log(times), 1)[0])}
+        }
+    }  # fmt: skip
+    mixers: dict[str, Callable[[int], nn.Module]] = {
+        "Fourier": lambda n: fourier_mixer(64, n),
+        "lambda, a window of 7": lambda n: LambdaLayer(64, n, scope=7, ndim=1),
+        "lambda, all": lambda n: LambdaLayer(64, n, ndim=1),
+        "attention": lambda n: AttentionMixer(64, heads=4),
     }
+    for name, make in mixers.items():
+        cost = scaling(make, (256, 512, 1024, 2048), 64, repeats=turns)
+        found[f"{name}, tokens"] = {
+            "sizes": cost.tokens, "ms": [1e3 * t for t in cost.seconds], "exponents": cost.exponents()
+        }  # fmt: skip
+    return found
 
 
 def main() -> None:
@@ -192,7 +187,7 @@ def main() -> None:
         "rows": [compare(slot, name, chosen.turns) for slot in chosen.slots for name in catalog.slots()[slot]],
         "kan": kan(chosen.turns),
         "structured": structured(chosen.turns),
-        "scaling": scaling(chosen.turns),
+        "growth": growth(chosen.turns),
     }
     if chosen.json:
         print(json.dumps(found))
@@ -201,7 +196,7 @@ def main() -> None:
         same, equal = r["step"]["same shape"], r["step"].get("as many parameters", math.nan)
         ratio = f"{r['step']['layer'] / same:7.1f}x same shape {r['step']['layer'] / equal:7.1f}x as many parameters"
         print(f"{r['slot']:7} {r['name']:18} {r['parameters']:8,} parameters {r['step']['layer']:8.3f} ms {ratio}")
-    print(json.dumps({key: found[key] for key in ("kan", "structured", "scaling")}, indent=2))
+    print(json.dumps({key: found[key] for key in ("kan", "structured", "growth")}, indent=2))
 
 
 if __name__ == "__main__":

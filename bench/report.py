@@ -152,7 +152,7 @@ def layers(found: dict[str, Any]) -> str:
         ])  # fmt: skip
     head = ["layer", "parameters", "forward, ms", "step, ms", "forward / plain", "step / plain",
             "step / plain of as many parameters", "FLOPs / plain", "memory / plain"]  # fmt: skip
-    kan, growth = found["kan"], found["scaling"]
+    kan, growth = found["kan"], found["growth"]
     pykan = (
         f"pykan's takes {kan['pykan']:.0f} ms, **{kan['pykan'] / kan['pomona']:.0f} times** as long (100 wanted)"
         if "pykan" in kan
@@ -161,10 +161,11 @@ def layers(found: dict[str, Any]) -> str:
     dense = [
         [name, *(f"{r[key]:.2f}" for key in ("flops", "forward", "step"))] for name, r in found["structured"].items()
     ]
-    lengths = [
-        [name, ", ".join(map(str, g["sizes"])), ", ".join(f"{ms:.3g}" for ms in g["ms"]), f"**{g['exponent']:.2f}**"]
+    grown = [
+        [name, ", ".join(map(str, g["sizes"])), ", ".join(f"{ms:.3g}" for ms in g["ms"]),
+         *(f"{g['exponents'][key]:.2f}" if key in g["exponents"] else "" for key in ("seconds", "bytes"))]
         for name, g in growth.items()
-    ]
+    ]  # fmt: skip
     return f"""## Layers
 
 Every layer beside the plain one of its slot, `nn.Linear(64, 64)` on 256 rows or `nn.Conv2d(32, 32, 3)` on 16 images of
@@ -181,9 +182,10 @@ Structured matrices, 1024 -> 1024, batch 256, over the dense layer:
 
 {table(["layer", "FLOPs", "forward", "step"], dense)}
 
-How the time of a forward pass grows; the exponent is the slope of log time over log size:
+How costs grow: time of a forward pass (of the memory layer) or of a step (of the mixers); the exponents are slopes of
+log cost over log size, 1 is linear.
 
-{table(["layer, by", "sizes", "ms", "exponent"], lengths)}"""
+{table(["layer, by", "sizes", "ms", "exponent of time", "of memory"], grown)}"""
 
 
 def main(names: list[str]) -> None:
