@@ -41,6 +41,8 @@ from pomona.nn.activation_table import (
     curve,
     swap_activation,
 )
+from pomona.nn.adafnn import AdaFNN, BasisLayer
+from pomona.nn.af_kan import AFKANLayer, ReLUKANLayer
 from pomona.nn.algebra import (
     algebra,
 )
@@ -55,6 +57,10 @@ from pomona.nn.bilinear import (
     Bilinear,
     BilinearNet,
 )
+from pomona.nn.block_linear import BlockDiagonalLinear, MonarchLinear
+from pomona.nn.coord_kernel import CoordKernel
+from pomona.nn.evonorm import EvoNormB0, EvoNormS0
+from pomona.nn.experts import ExpertBank
 from pomona.nn.feedforward import (
     FeedForward,
 )
@@ -65,11 +71,16 @@ from pomona.nn.fnet import (
     FourierMixer,
     HartleyMixer,
 )
+from pomona.nn.fourier_head import FourierHead, GMMHead
 from pomona.nn.gain import (
     derivative_second_moment,
     gain,
     second_moment,
 )
+from pomona.nn.gaudi_gblr import GaudiGBLR
+from pomona.nn.hash_layer import BaseLayer, HashFFN, MultiHashFFN, SwitchFFN
+from pomona.nn.hypermixer import HyperMixing
+from pomona.nn.hyperzzw import HyperZZWLocal
 from pomona.nn.init import (
     FixupBranch,
     deep_plain,
@@ -79,9 +90,14 @@ from pomona.nn.init import (
 from pomona.nn.kan import (
     KANLayer,
 )
+from pomona.nn.kan_attention import KArAt
 from pomona.nn.kan_net import (
     KAN,
 )
+from pomona.nn.lambda_layer import LambdaConv2d, LambdaLayer
+from pomona.nn.laurel import Laurel, LaurelResidual
+from pomona.nn.matrix_activation import BandTMAF
+from pomona.nn.memory_layer import MemoryLayer
 from pomona.nn.mixing import (
     AttentionMixer,
     ConvMixer1d,
@@ -99,6 +115,8 @@ from pomona.nn.mlp_mixer import (
     MLPMixer,
     resize_tokens,
 )
+from pomona.nn.mu_layer import MuLayer
+from pomona.nn.neural_arithmetic import NAU, NMU
 from pomona.nn.norm import (
     BatchNorm,
     DyT,
@@ -116,6 +134,9 @@ from pomona.nn.norm_analysis import (
     invariance_table,
     norm_stats,
 )
+from pomona.nn.parameter_free import PFBottleneck
+from pomona.nn.parametric_spans import ParametricSpan
+from pomona.nn.phc_conv import PHConv1d, PHConv2d
 from pomona.nn.phm import (
     PHMAttention,
     PHMLinear,
@@ -124,6 +145,7 @@ from pomona.nn.phm import (
     learned_rules,
     phm_transformer,
 )
+from pomona.nn.point_cloud_linear import PointCloudLinear
 from pomona.nn.pool import (
     GatedPool2d,
     GeMPool2d,
@@ -136,6 +158,7 @@ from pomona.nn.pool import (
     TreePool2d,
 )
 from pomona.nn.prelu import (
+    LearnableLeaky,
     absorb,
 )
 from pomona.nn.quadratic import (
@@ -146,6 +169,7 @@ from pomona.nn.quadratic import (
     count_pieces_1d,
     quadratize,
 )
+from pomona.nn.raft_mlp import RaftMixer, RaftTokenMixer
 from pomona.nn.replace_pooling import (
     invariance,
     replace_pooling,
@@ -155,6 +179,10 @@ from pomona.nn.residual import (
     Add,
     ReZero,
 )
+from pomona.nn.reversible import RevSequential
+from pomona.nn.selectable_kan import SelectableKANConv2d, SelectableKANLayer
+from pomona.nn.smpconv import SMPConv1d, SMPConv2d, SMPMixer
+from pomona.nn.snnk import SNNK
 from pomona.nn.structured import (
     LowRankLinear,
     StructuredConv2d,
@@ -163,61 +191,94 @@ from pomona.nn.structured import (
 
 __all__ = [
     "ACTIVATIONS",
+    "AFKANLayer",
+    "AdaFNN",
     "Add",
     "AttentionMixer",
     "BSpline",
+    "BandTMAF",
+    "BaseLayer",
+    "BasisLayer",
     "BatchNorm",
     "Bilinear",
     "BilinearNet",
+    "BlockDiagonalLinear",
     "CELU",
     "CReLU",
     "Chebyshev",
     "ConvMixer1d",
+    "CoordKernel",
     "DCTMixer",
     "DyT",
     "ELU",
+    "EvoNormB0",
+    "EvoNormS0",
+    "ExpertBank",
     "FNet",
     "FNetBlock",
     "FeedForward",
     "FixupBranch",
     "Fourier",
+    "FourierHead",
     "FourierMixer",
     "GCU",
     "GEGLU",
     "GELU",
     "GLU",
     "GLUMLP",
+    "GMMHead",
     "GatedPool2d",
     "GatingMixer",
+    "GaudiGBLR",
     "GaussianRBF",
     "GeMPool2d",
     "GroupNorm",
     "Hardswish",
     "HartleyMixer",
+    "HashFFN",
+    "HyperMixing",
+    "HyperZZWLocal",
     "Identity",
     "InstanceNorm",
     "KAN",
     "KANLayer",
+    "KArAt",
+    "LambdaConv2d",
+    "LambdaLayer",
+    "Laurel",
+    "LaurelResidual",
     "LayerNorm",
     "LeakyReLU",
+    "LearnableLeaky",
     "LinearTokenMixer",
     "LowRankLinear",
     "LpPool2d",
     "MLPMixer",
     "MLPTokenMixer",
     "Maxout",
+    "MemoryLayer",
     "MetaActivation",
     "Mish",
     "MixedPool2d",
     "MixerBlock",
     "MixerLayer",
     "MixerNet",
+    "MonarchLinear",
+    "MuLayer",
+    "MultiHashFFN",
+    "NAU",
+    "NMU",
     "NoMix",
     "Norm",
+    "PFBottleneck",
+    "PHConv1d",
+    "PHConv2d",
     "PHMAttention",
     "PHMLSTMCell",
     "PHMLinear",
     "PReLU",
+    "ParametricSpan",
+    "PointCloudLinear",
     "Polynomial",
     "Pool2d",
     "PoolMixer",
@@ -228,14 +289,24 @@ __all__ = [
     "QuaternionLinear",
     "RMSNorm",
     "RReLU",
+    "RaftMixer",
+    "RaftTokenMixer",
     "Rational",
     "ReGLU",
     "ReLU",
+    "ReLUKANLayer",
     "ReLUSquared",
     "ReLinear",
     "ReZero",
+    "RevSequential",
     "SELU",
+    "SMPConv1d",
+    "SMPConv2d",
+    "SMPMixer",
+    "SNNK",
     "ScaleNorm",
+    "SelectableKANConv2d",
+    "SelectableKANLayer",
     "SiLU",
     "Sigmoid",
     "Sine",
@@ -250,6 +321,7 @@ __all__ = [
     "StructuredLinear",
     "SwiGLU",
     "Swish",
+    "SwitchFFN",
     "Tanh",
     "TokenMixer",
     "TreePool2d",
