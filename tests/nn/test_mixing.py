@@ -6,7 +6,6 @@ from torch import nn
 from pomona.errors import PomonaError
 from pomona.nn.fnet import DCTMixer, FourierMixer, HartleyMixer, MatrixMixer
 from pomona.nn.mixing import (
-    Affine,
     AttentionMixer,
     ConvMixer1d,
     GatingMixer,
@@ -17,6 +16,7 @@ from pomona.nn.mixing import (
     NoMix,
     PoolMixer,
 )
+from pomona.nn.norm import Affine
 
 N, D = 6, 8
 MIXERS = {

@@ -263,18 +263,6 @@ class GatingMixer(nn.Module):
         return self.down(u * self.gate(self.norm(v), mask))
 
 
-class Affine(nn.Module):
-    """y = weight * x + bias, feature by feature: the normalisation-free stand-in for a norm in ResMLP."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(*, dim) -> (*, dim)"""
-        return self.weight * x + self.bias
-
-
 class Branch(nn.Module):
     """LayerScale and stochastic depth: y = scale * x, or 0 for a whole example with probability ``drop``."""
 

@@ -379,3 +379,18 @@ _NORM_TYPES = (
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises: ours, or torch's batch, layer, group, instance or RMS norm."""
     return isinstance(module, _NORM_TYPES)
+
+
+class Affine(nn.Module):
+    """y = weight * x + bias, feature by feature: the normalisation-free stand-in for a norm in ResMLP.
+
+    Source: ResMLP: Feedforward networks for image classification with data-efficient training, arXiv 2105.03404.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(*, dim) -> (*, dim)"""
+        return self.weight * x + self.bias
