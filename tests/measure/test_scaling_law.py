@@ -61,7 +61,9 @@ def task():
 
 def test_a_linear_probe_reads_what_the_features_hold():
     torch.manual_seed(0)
-    scores = transfer(InvertedBottleneckMLP(6, 3, thin=16, depth=1), task())
+    net = InvertedBottleneckMLP(6, 3, thin=16, depth=1).train()
+    scores = transfer(net, task())
+    assert net.training
     assert scores["test"] > 0.8 and scores["decay"] in (1e-4, 1e-2, 1.0)
 
 

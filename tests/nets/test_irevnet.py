@@ -82,5 +82,11 @@ def test_bad_input():
         small()(draw(1, 1, 6, 8))
     with pytest.raises(PomonaError, match="width=1 must be at least 2 with init='injective-pad'"):
         small(init="injective-pad", width=1)
+    with pytest.raises(PomonaError, match="width=0 must be at least 2 with init='injective-pad'"):
+        small(init="injective-pad", width=0)
+    with pytest.raises(PomonaError, match="init='splits' is not known; did you mean split"):
+        small(init="splits")
+    with pytest.raises(PomonaError, match="kernels=2 must be an odd number, such as 3"):
+        small(kernels=(1, 2, 1))
     with pytest.raises(PomonaError, match="must be as many, and kernels three"):
         small(strides=(1,))

@@ -20,6 +20,8 @@ def test_hybrid_keeps_convolutions_where_it_downsamples():
     assert kinds(PFResNet(3, 5, layers=(2, 2), width=4, downsample=None)) == ["max"] * 4
     assert kinds(PFResNet(3, 5, layers=(1, 2), width=4, ops=["avg", "shift"])) == ["avg", "conv", "shift"]
     assert PFResNet(3, 5, layers=(1, 1), width=4, stem="large")(x).shape == (2, 5)
+    with pytest.raises(PomonaError, match="stem='tiny' is not known"):
+        PFResNet(3, 5, stem="tiny")
     with pytest.raises(PomonaError, match="ops names 1 operations; layers has 2 stages"):
         PFResNet(3, 5, layers=(1, 1), ops=["max"])
 

@@ -116,5 +116,7 @@ def test_bad_arguments_say_what_would_do():
         AFKANLayer(2, 2, func="quad3")
     with pytest.raises(PomonaError, match="reduce='local' is not known"):
         AFKANLayer(2, 2, reduce="local")
+    with pytest.raises(PomonaError, match="k=-1 must be 0 or more"):
+        ReLUKANLayer(2, 2, k=-1)
     with pytest.raises(PomonaError, match="ReLUKANLayer takes 5 features on axis -1"):
         seeded(ReLUKANLayer, 5, 4)(inputs(2, 3))

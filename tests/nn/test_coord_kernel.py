@@ -114,5 +114,9 @@ def test_bad_input():
         layer(draw(3, 9))
     with pytest.raises(PomonaError, match="conv='slow' is not known"):
         CoordKernel(Wave(2, 3), 3, 2, 5, conv="slow")
+    with pytest.raises(PomonaError, match="t has 8 times; the sequence has 9 steps"):
+        layer(draw(2, 3, 9), torch.arange(8.0))
+    with pytest.raises(PomonaError, match=r"t is for sequences, with stride=1, padding=None .* padding=\(0,\)"):
+        CoordKernel(Wave(2, 3), 3, 2, 5, padding=0)(draw(2, 3, 9), torch.arange(9.0))
     with pytest.raises(PomonaError, match="dim=2 must be 1 where causal"):
         CoordKernel(Wave(2, 3), 3, 2, 5, dim=2, causal=True)

@@ -146,5 +146,11 @@ def test_bad_input():
         SFNEBlock(2, 2, (4, 4), branches=["locale"])
     with pytest.raises(PomonaError, match="size=.4, 4. is what this block was made for"):
         SFNEBlock(2, 2, (4, 4))(torch.ones(1, 2, 6, 6))
-    with pytest.raises(PomonaError, match="context='all' must be 'sample', 'batch' or None"):
+    with pytest.raises(PomonaError, match=r"size=\(4, 6\) must be square for global branches"):
+        SFNEBlock(2, 2, (4, 6))
+    with pytest.raises(PomonaError, match="repeat=3 is how many channels the earlier input must have"):
+        SFNEBlock(2, 2, (4, 4), repeat=3)(torch.ones(1, 2, 4, 4))
+    with pytest.raises(PomonaError, match="k=4 must be an odd number, such as 5"):
+        SFNEBlock(2, 2, (4, 4), branches=["local4"])
+    with pytest.raises(PomonaError, match="context='all' is not known; choose one of sample, batch, None"):
         HyperZZWLocal(2, context="all")

@@ -124,6 +124,8 @@ def test_bad_arguments_say_what_would_do():
         layer(torch.zeros(1, 5, 8), torch.ones(1, 5))
     with pytest.raises(PomonaError, match="x has 4 tokens, but this mixer was made for tokens=5"):
         layer(torch.zeros(1, 4, 8))
+    with pytest.raises(PomonaError, match="KArAtOperator takes 3 features on axis -3"):
+        KArAtOperator(5, 3)(torch.zeros(2, 1, 5, 5))  # not one head's row for all
     with pytest.raises(PomonaError, match="must be 'softmax' or such as 'G3B'"):
         ViTTiny(attention="G3")
     with pytest.raises(PomonaError, match="net=Linear has no KArAt layer"):

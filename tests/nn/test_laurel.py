@@ -132,6 +132,21 @@ def test_a_position_table_is_no_residual_connection():
     assert sum(isinstance(m, Add) for m in expose_residuals(Net()).modules()) == 1
 
 
+def test_a_module_that_cannot_be_traced_stays_and_is_logged(caplog):
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(D, D)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.body(x) if x.sum() > 0 else x
+
+    caplog.set_level("INFO", "pomona.nn")
+    net = nn.Sequential(Branching(), Block(D, D))
+    assert sum(isinstance(m, LaurelResidual) for m in laurelize(net, torch.randn(2, D), "rw").modules()) == 1
+    assert "Branching 0 is left as it is" in caplog.text
+
+
 def test_a_stack_hands_on_earlier_inputs():
     torch.manual_seed(0)
     stack = LaurelStack(Laurel(nn.Linear(D, D), D, "pa+lr", 2, history=2) for _ in range(3)).double()

@@ -153,5 +153,7 @@ def test_bad_input():
         SpatialOp("median")
     with pytest.raises(PomonaError, match="k=2 must be an odd number"):
         SpatialOp("max", k=2)
+    with pytest.raises(PomonaError, match="k=4 must be an odd number, such as 5"):
+        DeformableMaxPool2d(2, 4)
     with pytest.raises(PomonaError, match="tokens=5 cannot be divided into rows=2"):
         PFAttention(rows=2)(draw(1, 5, 3))

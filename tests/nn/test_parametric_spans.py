@@ -192,6 +192,14 @@ def test_bad_arguments_say_what_would_do():
         ParametricSpan(torch.zeros(3).long(), torch.arange(3), torch.zeros(3).long(), 1, 2, 1)
     with pytest.raises(PomonaError, match="w has shape \\(3,\\), not \\(4,\\)"):
         dense(2, 2)(torch.zeros(2), torch.zeros(3))
+    with pytest.raises(PomonaError, match=r"mu has shape \(1,\); it must be \(edges,\), which is \(3,\)"):
+        ParametricSpan(*3 * [torch.arange(3)], 3, 3, 3, torch.ones(1))
+    with pytest.raises(PomonaError, match=r"edge_index has shape \(5, 2\); it must be \(2, edges\)"):
+        graph(torch.zeros(5, 2).long(), 4)
+    with pytest.raises(PomonaError, match="share='edges' is not known; did you mean edge"):
+        graph(torch.zeros(2, 5).long(), 4, "edges")
+    with pytest.raises(PomonaError, match="table must be"):
+        group_conv(torch.zeros(3, 3).long())
     with pytest.raises(PomonaError, match="spans compose over one middle space"):
         compose(dense(2, 3), dense(2, 3))
     with pytest.raises(PomonaError, match="module=Conv1d is no span"):

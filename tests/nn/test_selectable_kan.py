@@ -115,6 +115,10 @@ def test_grids_follow_the_inputs_and_networks_are_pruned_whole():
 def test_bad_arguments_say_what_would_do():
     with pytest.raises(PomonaError, match="pool='wavelets' is not known"):
         SelectableKANLayer(2, 2, pool=("wavelets",))
+    with pytest.raises(PomonaError, match="grid='fouriers' is not known; did you mean fourier"):
+        SelectableKANLayer(2, 2, grid={"fouriers": 4})
+    with pytest.raises(PomonaError, match="base='relu6' is not known"):
+        SelectableKANLayer(2, 2, pool=("base",), base="relu6")
     with pytest.raises(PomonaError, match="must name at least one kind of function"):
         SelectableKANLayer(2, 2, pool=())
     with pytest.raises(PomonaError, match="SelectableKANConv2d takes 3 features on axis -3"):

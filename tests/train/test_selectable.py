@@ -63,6 +63,8 @@ def test_same_seed_same_network():
 def test_bad_arguments_say_what_would_do():
     with pytest.raises(PomonaError, match="must be three shares above 0 that sum to 1"):
         run(net(), phases=(0.5, 0.3, 0.3))
+    with pytest.raises(PomonaError, match="top=0 must be a number above 0"):
+        run(net(), top=0)
     with pytest.raises(PomonaError, match="has no SelectableKANLayer to select from"):
         run(nn.Linear(1, 1))
     with pytest.raises(PomonaError, match="budget in seconds cannot be shared out"):

@@ -14,6 +14,7 @@ from pomona.claims.lab import Arm, Outcome, compare_arms, grid, log, seeded
 from pomona.claims.verdict import Comparison, Scale, t_interval
 from pomona.data import load
 from pomona.data.task import Split, Task
+from pomona.nets.cost import parameters
 from pomona.nn.af_kan import AFKANLayer, ReLUKANLayer
 from pomona.train.budget import Budget
 from pomona.train.settings import Training
@@ -91,10 +92,7 @@ def _makers(features: int) -> dict[str, Callable[[], nn.Module]]:
     def mlp() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(features, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, CLASSES))
 
-    def count(net: nn.Module) -> int:
-        return sum(p.numel() for p in net.parameters())
-
-    target = count(seeded(af("global_attn"), 0))
-    narrow = min(range(2, HIDDEN), key=lambda n: abs(count(seeded(lambda: relu(n), 0)) - target))
+    target = parameters(seeded(af("global_attn"), 0))
+    narrow = min(range(2, HIDDEN), key=lambda n: abs(parameters(seeded(lambda: relu(n), 0)) - target))
     makers = (mlp, lambda: relu(HIDDEN), af("global_attn"), af("multistep"), af("spatial_attn"), lambda: relu(narrow))
     return dict(zip(("mlp", "relu_kan", "af_kan", *OTHERS), makers, strict=True))

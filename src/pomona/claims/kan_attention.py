@@ -14,6 +14,7 @@ from pomona.claims.lab import Arm, compare_arms, grid, log, seeded
 from pomona.claims.verdict import Comparison, Scale
 from pomona.data import load
 from pomona.data.task import Task
+from pomona.nets.cost import parameters
 from pomona.nn.kan_attention import ViTTiny, attention_spectrum
 from pomona.train.budget import Budget
 from pomona.train.loop import Fit, evaluate
@@ -61,10 +62,7 @@ def kan_attention(scale: Scale, seeds: Sequence[int]) -> Comparison:
             **options,
         )
 
-    def count(net: nn.Module) -> int:
-        return sum(p.numel() for p in net.parameters())
-
-    extra = count(seeded(lambda: make("G3B"), 0)) - count(seeded(lambda: make("softmax"), 0))
+    extra = parameters(seeded(lambda: make("G3B"), 0)) - parameters(seeded(lambda: make("softmax"), 0))
     wide = 4 * dim + round(extra / (sizes["depth"] * (2 * dim + 1)))
     arms = {
         "softmax": Arm(partial(make, "softmax")),

@@ -16,7 +16,7 @@ from pomona.claims.lab import Arm, Outcome, compare_arms, grid, log
 from pomona.claims.verdict import Comparison, Scale, t_interval
 from pomona.data import load
 from pomona.data.task import Split, Task
-from pomona.nets.cost import match_width
+from pomona.nets.cost import match_width, parameters
 from pomona.nets.smp import TCN, smp_tcn
 from pomona.nn.coord_kernel import CoordKernel, convolve
 from pomona.nn.smpconv import WeightNet
@@ -107,7 +107,7 @@ def _makers(task: Task, width: int) -> dict[str, Callable[[], nn.Module]]:
         conv = nn.Conv1d(width, width, TAPS, dilation=DILATIONS[index])
         return nn.Sequential(nn.ConstantPad1d((reach, 0), 0.0), conv)
 
-    target = sum(p.numel() for p in smp().parameters())
+    target = parameters(smp())
     narrow = match_width(dense, target, tolerance=0.5)
     return {
         "smp": smp,

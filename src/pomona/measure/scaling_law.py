@@ -184,8 +184,10 @@ def transfer(
     """
     if not hasattr(net, "features"):
         raise PomonaError(f"{type(net).__name__} has no method features(x), which must give what its head receives")
+    training = net.training
     net.eval()
     parts = {name: (net.features(split.x).numpy(), split.y.numpy()) for name, split in task.splits.items()}  # type: ignore[operator]
+    net.train(training)
     probes = [
         make_pipeline(StandardScaler(), LogisticRegression(C=1 / decay, max_iter=200, random_state=seed))
         for decay in decays

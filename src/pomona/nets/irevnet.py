@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pomona.errors import PomonaError, check_divisible, check_positive
+from pomona.errors import PomonaError, check_divisible, check_positive, unknown
 from pomona.nets.convnet import global_mean
-from pomona.nn.check import check_input
+from pomona.nn.check import check_input, check_odd
 from pomona.nn.reversible import RevBlock, RevSequential, squeeze, unsqueeze
 
 
@@ -55,9 +55,9 @@ class IRevNet(nn.Module):
         blocks: of each stage.
         strides: of each stage's first block.
         init: 'split' shuffles by 2 and splits the channels: bijective, features are as many as pixels; 'injective-pad'
-            adds channels of zeros to 2 ``width`` before that: more features than pixels.
+            then adds channels of zeros to each stream, up to ``width``: more features than pixels.
         width: channels of each stream before the first stage, for 'injective-pad'.
-        kernels: of the three convolutions of F; the authors' code has (3, 3, 3).
+        kernels: of the three convolutions of F, odd; the authors' code has (3, 3, 3).
         squeeze_by: channels of a stream over those inside F.
         dropout: probability before F's last convolution.
         reversible: see `RevSequential`.
@@ -86,19 +86,21 @@ class IRevNet(nn.Module):
         reversible: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(in_channels=in_channels, classes=classes)
+        check_positive(in_channels=in_channels, classes=classes, squeeze_by=squeeze_by)
         if init not in ("split", "injective-pad"):
-            raise PomonaError(f"init={init!r} must be 'split' or 'injective-pad'")
+            raise unknown("init", init, ("split", "injective-pad"))
         if len(blocks) != len(strides) or len(kernels) != 3:
             raise PomonaError(f"blocks={tuple(blocks)} and strides={tuple(strides)} must be as many, and kernels three")
+        for k in kernels:
+            check_odd(kernels=k)
         least = 2 * in_channels
-        if (width is None) != (init == "split") or (width or least) < least:
+        if (width is None) != (init == "split") or (width is not None and width < least):
             raise PomonaError(
                 f"width={width} must be at least {least} with init='injective-pad', and None with 'split'"
             )
         self.in_channels, self.shrink = in_channels, 2 * math.prod(strides)
-        channels = width or least
-        self.padding = 2 * (channels - least)
+        channels = least if width is None else width
+        self.padding = channels - least  # zeros in each stream: one of zeros alone would have no variance
         couplings: list[nn.Module] = []
         for count, step in zip(blocks, strides, strict=True):
             for index in range(count):
@@ -124,8 +126,9 @@ class IRevNet(nn.Module):
         check_input(self, x, self.in_channels, 1)
         for side in x.shape[-2:]:
             check_divisible("side of the image", side, "2 x product of strides", self.shrink)
-        x1, x2 = F.pad(squeeze(x, 2), (0, 0, 0, 0, 0, self.padding)).chunk(2, 1)
-        return x1, x2
+        x1, x2 = squeeze(x, 2).chunk(2, 1)
+        padding = (0, 0, 0, 0, 0, self.padding)
+        return F.pad(x1, padding), F.pad(x2, padding)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Both streams of the last block: (B, C, H, W) -> (B, 2 channels, H', W')."""
@@ -141,8 +144,8 @@ class IRevNet(nn.Module):
 
     def inverse(self, features: Tensor) -> Tensor:
         """The image of the features, in evaluation mode."""
-        whole = torch.cat(self.body.inverse(*features.chunk(2, 1)), 1)
-        return unsqueeze(whole[:, : whole.shape[1] - self.padding], 2)
+        streams = self.body.inverse(*features.chunk(2, 1))
+        return unsqueeze(torch.cat([x[:, : 2 * self.in_channels] for x in streams], 1), 2)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Very deep MLPs with batch normalisation whose gradients neither vanish nor explode."""
+"""Very deep MLPs with batch normalisation whose gradients neither vanish nor explode.
+
+Source: Towards Training Without Depth Limits: Batch Normalization Without Gradient Explosion (arXiv 2310.02012).
+"""
 
 from __future__ import annotations
 

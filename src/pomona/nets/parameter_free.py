@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pomona.errors import PomonaError, check_positive
+from pomona.errors import PomonaError, check_positive, unknown
 from pomona.nets.convnet import global_mean
 from pomona.nn.feedforward import FeedForward
 from pomona.nn.mixing import AttentionMixer, MixerBlock
@@ -56,7 +56,7 @@ class PFResNet(nn.Module):
         if len(named) != len(layers):
             raise PomonaError(f"ops names {len(named)} operations; layers has {len(layers)} stages")
         if stem not in ("small", "large"):
-            raise PomonaError(f"stem={stem!r} must be 'small' or 'large'")
+            raise unknown("stem", stem, ("small", "large"))
         k, stride = (3, 1) if stem == "small" else (7, 2)
         conv = nn.Conv2d(in_channels, width, k, stride, k // 2, bias=False)
         pool = [nn.MaxPool2d(3, 2, 1)] if stem == "large" else []

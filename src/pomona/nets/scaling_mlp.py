@@ -20,7 +20,30 @@ from pomona.nn.check import check_input
 from pomona.nn.norm import Norm
 
 
-class StandardMLP(nn.Module):
+class ScalingMLP(nn.Module):
+    """head(blocks(embed(x))) of flattened images.
+
+    Shape:
+        (B, *) with d_in numbers an example -> (B, d_out)
+    """
+
+    d_in: int
+    embed: nn.Linear
+    blocks: nn.Sequential
+    head: nn.Linear
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head receives: (B, its width)."""
+        x = x.flatten(1)
+        check_input(self, x, self.d_in)
+        return self.blocks(self.embed(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return self.head(self.features(x))
+
+
+class StandardMLP(ScalingMLP):
     """z_1 = W_1 x;  z_{l+1} = W_{l+1} gelu(LN(z_l));  no skip connections.
 
     Args:
@@ -44,16 +67,6 @@ class StandardMLP(nn.Module):
         )
         self.head = nn.Linear(widths[-1], d_out)
 
-    def features(self, x: Tensor) -> Tensor:
-        """What the head receives: (B, last width)."""
-        x = x.flatten(1)
-        check_input(self, x, self.d_in)
-        return self.blocks(self.embed(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        return self.head(self.features(x))
-
 
 class InvertedBottleneck(nn.Module):
     """x + W_2 gelu(W_1 norm(x)), with W_1 from m up to the wide layer.
@@ -74,7 +87,7 @@ class InvertedBottleneck(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
-class InvertedBottleneckMLP(nn.Module):
+class InvertedBottleneckMLP(ScalingMLP):
     """Embedding to a thin stream, `InvertedBottleneck` blocks on it, and a linear head: head(blocks(embed(x))).
 
     Args:
@@ -110,19 +123,6 @@ class InvertedBottleneckMLP(nn.Module):
         if found is None:
             raise PomonaError(f"name={name!r} is not of the form B-12/Wi-1024: blocks and width")
         return cls(d_in, d_out, thin=int(found[2]), depth=int(found[1]), **options)
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the head receives: (B, thin)."""
-        x = x.flatten(1)
-        check_input(self, x, self.d_in)
-        return self.blocks(self.embed(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        return self.head(self.features(x))
-
-
-ScalingMLP = StandardMLP | InvertedBottleneckMLP
 
 
 def permute_input(net: ScalingMLP, order: Tensor) -> ScalingMLP:

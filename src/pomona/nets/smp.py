@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from pomona.errors import PomonaError, check_positive
+from pomona.errors import check_positive, unknown
 from pomona.nets.fill import Fill
 from pomona.nets.resnet import ResNet
 from pomona.nets.specs import Inputs, Outputs
+from pomona.nn.check import check_odd
 from pomona.nn.coord_kernel import CoordKernel
 from pomona.nn.smpconv import SMPConv1d, SMPConv2d
 
@@ -35,9 +36,9 @@ class TCN(nn.Module):
 
     Args:
         in_channels, classes: sizes.
+        make_conv: (index of the block, width) -> a convolution that keeps the shape (B, width, L).
         width: channels.
         blocks: how many.
-        make_conv: (index of the block, width) -> a convolution that keeps the shape (B, width, L).
         readout: 'mean' over time, or the 'last' step.
         dropout: probability after each block's activation.
 
@@ -59,7 +60,7 @@ class TCN(nn.Module):
         super().__init__()
         check_positive(in_channels=in_channels, classes=classes, width=width, blocks=blocks)
         if readout not in ("mean", "last"):
-            raise PomonaError(f"readout={readout!r} must be 'mean' or 'last'")
+            raise unknown("readout", readout, ("mean", "last"))
         self.readout = readout
         self.stem = nn.Conv1d(in_channels, width, 1)
         self.blocks = nn.Sequential(*(TemporalBlock(make_conv(i, width), width, dropout) for i in range(blocks)))
@@ -121,8 +122,7 @@ class SMPBlock(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if small_kernel % 2 == 0:
-            raise PomonaError(f"small_kernel={small_kernel} must be an odd number, such as 5")
+        check_odd(small_kernel=small_kernel)
 
         def batch_norm() -> nn.Module:
             return nn.BatchNorm2d(channels)

@@ -1,6 +1,8 @@
 """Networks for functions X(t): scores against basis functions that are learned, or fixed ones to compare them with.
 
 A basis is a module that maps times (*,) to the values of its ``n_basis`` functions there, (n_basis, *).
+
+Source: Deep Learning for Functional Data Analysis with Adaptive Basis Layers (arXiv 2106.10414).
 """
 
 from __future__ import annotations
@@ -160,7 +162,7 @@ class BasisLayer(nn.Module):
         n_basis: functions for each channel.
         grid: where X is observed, unless `forward` is told otherwise.
         hidden: widths of the `MicroMLPs`.
-        micro: 'mlp', functions of its own for each channel, or a basis that all channels share.
+        micro: a basis that all channels share; by default `MicroMLPs`, functions of its own for each channel.
         norm, dropout: of the `MicroMLPs`.
         channels: number of functions X that are observed together.
         lambda1: weight of mean_i |b_i|_1 in `aux_loss`, b_i = beta_i / |beta_i|_2: few t matter.
@@ -187,7 +189,7 @@ class BasisLayer(nn.Module):
         n_basis: int = 4,
         grid: Grid = 51,
         hidden: Sequence[int] = (64, 64, 64),
-        micro: str | nn.Module = "mlp",
+        micro: nn.Module | None = None,
         norm: bool = True,
         dropout: float = 0.1,
         channels: int = 1,
@@ -204,9 +206,7 @@ class BasisLayer(nn.Module):
             raise PomonaError(f"lambda1={lambda1} and lambda2={lambda2} must be 0 or more")
         if normalise not in ("penalty", "forward"):
             raise unknown("normalise", normalise, ("penalty", "forward"))
-        if isinstance(micro, str):
-            if micro != "mlp":
-                raise unknown("micro", micro, ("mlp",))
+        if micro is None:
             micro = MicroMLPs(channels * n_basis, hidden, norm, dropout, generator=generator)
         else:
             n_basis = getattr(micro, "n_basis", n_basis)

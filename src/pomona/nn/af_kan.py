@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pomona.errors import check_positive, unknown
+from pomona.errors import PomonaError, check_positive, unknown
 from pomona.nn.activation import act as make_act
 from pomona.nn.check import check_input
 
@@ -36,6 +36,8 @@ METHODS = ("global_attn", "multistep", "spatial_attn")
 def windows(grid: int, k: int) -> tuple[Tensor, Tensor]:
     """Left and right ends of grid + k overlapping windows: s_m = (m - k) / grid, e_m = s_m + (k + 1) / grid."""
     check_positive(grid=grid)
+    if k < 0:
+        raise PomonaError(f"k={k} must be 0 or more: each window covers k + 1 intervals")
     low = torch.arange(-k, grid) / grid
     return low, low + (k + 1) / grid
 

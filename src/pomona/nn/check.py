@@ -16,6 +16,13 @@ def check_input(layer: nn.Module | str, x: Tensor, features: int | None = None, 
         raise PomonaError(f"{name} takes {features} features on axis {dim}; its input has shape {tuple(x.shape)}")
 
 
+def check_odd(**fields: int) -> None:
+    """Raise for the first window that has no middle: one that is not an odd number above zero."""
+    for field, value in fields.items():
+        if value < 1 or value % 2 == 0:
+            raise PomonaError(f"{field}={value} must be an odd number, such as {max(3, value + 1)}")
+
+
 def check_longest(layer: nn.Module, length: int, longest: int, field: str = "tokens") -> None:
     """Raise if a sequence of ``length`` is longer than what the layer was made for."""
     if length > longest:

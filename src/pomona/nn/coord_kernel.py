@@ -192,8 +192,13 @@ class CoordKernel(nn.Module):
     def _irregular(self, x: Tensor, t: Tensor) -> Tensor:
         """y_i = sum over j within the span of f(c_ij) x_j."""
         span = self.kernel_size[0] - 1
-        if self.dim != 1 or span < 1 or self.stride != (1,):
-            raise PomonaError(f"t is for sequences, with stride=1 and kernel_size above 1, not {self.kernel_size}")
+        if self.dim != 1 or span < 1 or self.stride != (1,) or self.padding is not None:
+            raise PomonaError(
+                f"t is for sequences, with stride=1, padding=None and kernel_size above 1, not dim={self.dim}, "
+                f"stride={self.stride}, padding={self.padding}, kernel_size={self.kernel_size}"
+            )
+        if t.shape[-1] != x.shape[-1]:
+            raise PomonaError(f"t has {t.shape[-1]} times; the sequence has {x.shape[-1]} steps")
         lag = t.to(x.dtype)[..., None, :] - t.to(x.dtype)[..., :, None]
         c = 1 + 2 * lag / span if self.causal else 2 * lag / span
         values = self.scale * self.function(c.reshape(-1, 1)).unflatten(-1, c.shape).movedim((0, 1), (-4, -3))

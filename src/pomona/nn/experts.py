@@ -17,28 +17,27 @@ from pomona.nn.check import check_input
 
 
 @torch.library.custom_op("pomona::segment_mm", mutates_args=())
-def _segment_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _segment_mm(x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
     y = x.new_empty(x.shape[0], weight.shape[2])
-    start = 0
-    for e, end in enumerate(ends.tolist()):
+    done = 0
+    for e, (start, end) in enumerate(bounds.tolist()):
+        y[done:start] = 0
         torch.mm(x[start:end], weight[e], out=y[start:end])
-        start = end
-    y[start:] = 0
+        done = end
+    y[done:] = 0
     return y
 
 
 @torch.library.custom_op("pomona::segment_outer", mutates_args=())
-def _segment_outer(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-    weight = x.new_empty(ends.shape[0], x.shape[1], y.shape[1])
-    start = 0
-    for e, end in enumerate(ends.tolist()):
+def _segment_outer(x: Tensor, y: Tensor, bounds: Tensor) -> Tensor:
+    weight = x.new_empty(bounds.shape[0], x.shape[1], y.shape[1])
+    for e, (start, end) in enumerate(bounds.tolist()):
         torch.mm(x[start:end].mT, y[start:end], out=weight[e])  # zeros for an empty segment
-        start = end
     return weight
 
 
-_segment_mm.register_fake(lambda x, weight, ends: x.new_empty(x.shape[0], weight.shape[2]))
-_segment_outer.register_fake(lambda x, y, ends: x.new_empty(ends.shape[0], x.shape[1], y.shape[1]))
+_segment_mm.register_fake(lambda x, weight, bounds: x.new_empty(x.shape[0], weight.shape[2]))
+_segment_outer.register_fake(lambda x, y, bounds: x.new_empty(bounds.shape[0], x.shape[1], y.shape[1]))
 
 
 def _vmap_rule(operation: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -46,12 +45,12 @@ def _vmap_rule(operation: Callable[..., Tensor]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
         members = int(info.batch_size)
-        x, second, ends = (
+        x, second, bounds = (
             t.expand(members, *t.shape) if dim is None else t.movedim(dim, 0)
             for t, dim in zip(args, in_dims, strict=True)
         )
-        shift = x.shape[1] * torch.arange(members, device=ends.device)
-        out = operation(x.flatten(0, 1), second.flatten(0, 1), (ends + shift[:, None]).flatten())
+        shift = x.shape[1] * torch.arange(members, device=bounds.device)
+        out = operation(x.flatten(0, 1), second.flatten(0, 1), (bounds + shift[:, None, None]).flatten(0, 1))
         return out.reshape(members, out.shape[0] // members, *out.shape[1:]), 0
 
     return rule
@@ -70,8 +69,8 @@ class _SegmentMatmul(torch.autograd.Function):  # a custom operator's own autogr
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        return _segment_mm(x, weight, ends)
+    def forward(x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
+        return _segment_mm(x, weight, bounds)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -79,16 +78,16 @@ class _SegmentMatmul(torch.autograd.Function):  # a custom operator's own autogr
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, ends = ctx.saved_tensors
-        return _SegmentMatmul.apply(grad, weight.mT, ends), _SegmentOuter.apply(x, grad, ends), None
+        x, weight, bounds = ctx.saved_tensors
+        return _SegmentMatmul.apply(grad, weight.mT, bounds), _SegmentOuter.apply(x, grad, bounds), None
 
 
 class _SegmentOuter(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
-        return _segment_outer(x, y, ends)
+    def forward(x: Tensor, y: Tensor, bounds: Tensor) -> Tensor:
+        return _segment_outer(x, y, bounds)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -96,22 +95,22 @@ class _SegmentOuter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, y, ends = ctx.saved_tensors
-        return _SegmentMatmul.apply(y, grad.mT, ends), _SegmentMatmul.apply(x, grad, ends), None
+        x, y, bounds = ctx.saved_tensors
+        return _SegmentMatmul.apply(y, grad.mT, bounds), _SegmentMatmul.apply(x, grad, bounds), None
 
 
-def segment_matmul(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """y_n = x_n W_e for the rows n of segment e, ends[e - 1] <= n < ends[e]; rows after the last segment give zeros.
+def segment_matmul(x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
+    """y_n = x_n W_e for the rows n of segment e, bounds[e, 0] <= n < bounds[e, 1]; rows of no segment give zeros.
 
     Args:
         x: (rows, in).
         weight: (segments, in, out).
-        ends: (segments,) int64, not falling.
+        bounds: (segments, 2) int64, in order and without overlap.
 
     Returns:
         (rows, out)
     """
-    return _SegmentMatmul.apply(x, weight.to(x.dtype), ends)
+    return _SegmentMatmul.apply(x, weight.to(x.dtype), bounds)
 
 
 class Segments(NamedTuple):
@@ -120,16 +119,16 @@ class Segments(NamedTuple):
     Attributes:
         order: (entries,) which entry stands at each place.
         expert: (entries,) the expert at each place, not falling; the number of experts stands for none.
-        ends: (experts,) the place after each expert's last.
+        bounds: (experts, 2) the place of each expert's first, and the place after its last.
     """
 
     order: Tensor
     expert: Tensor
-    ends: Tensor
+    bounds: Tensor
 
     def rank(self) -> Tensor:
         """How many entries of the same expert stand before: (entries,), in the order that they came in."""
-        starts = torch.cat([torch.zeros_like(self.ends[:1]), self.ends])
+        starts = torch.cat([self.bounds[:, 0], self.bounds[-1:, 1]])
         place = torch.arange(len(self.order), device=self.order.device)
         return torch.zeros_like(self.order).scatter(0, self.order, place - starts[self.expert])
 
@@ -138,7 +137,8 @@ def segments(index: Tensor, n_experts: int) -> Segments:
     """Sort the entries of ``index`` (experts in 0 .. n_experts, of any shape), keeping their order within an expert."""
     expert, order = torch.sort(index.flatten(), stable=True)
     count = order.new_zeros(n_experts + 1).scatter_add(0, expert, torch.ones_like(order))
-    return Segments(order, expert, count.cumsum(0)[:n_experts])
+    ends = count.cumsum(0)
+    return Segments(order, expert, torch.stack([ends - count, ends], -1)[:n_experts])
 
 
 @dataclass(frozen=True)
@@ -264,14 +264,14 @@ class Experts(nn.Module):
             index, gate = index[..., None], None if gate is None else gate[..., None]
         if index.shape[:-1] != x.shape[:-1]:
             raise PomonaError(f"index of shape {tuple(index.shape)} does not fit tokens of shape {tuple(x.shape)}")
-        order, expert, ends = segments(index, self.n_experts)
+        order, expert, bounds = segments(index, self.n_experts)
         back = torch.zeros_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
         nobody = 0
         if shapes_may_depend_on_values():  # leave out the entries that go to no expert
-            nobody = len(order) - int(ends[-1])
-            order, expert = order[: int(ends[-1])], expert[: int(ends[-1])]
+            used = int(bounds[-1, 1])
+            nobody, order, expert = len(order) - used, order[:used], expert[:used]
         rows = x.reshape(-1, self.dim).index_select(0, order // index.shape[-1])
-        out = F.pad(self.run(rows, Segments(order, expert, ends)), (0, 0, 0, nobody))
+        out = F.pad(self.run(rows, Segments(order, expert, bounds)), (0, 0, 0, nobody))
         out = out.index_select(0, back).reshape(*index.shape, self.out_features)
         if gate is not None:
             out = out * gate[..., None].to(out.dtype)
@@ -343,8 +343,8 @@ class ExpertBank(Experts):
 
     def run(self, rows: Tensor, at: Segments) -> Tensor:
         """See `Experts`."""
-        hidden = per_expert(segment_matmul(rows, self.up, at.ends), self.up_bias, at)
-        return per_expert(segment_matmul(self.act(hidden), self.down, at.ends), self.down_bias, at)
+        hidden = per_expert(segment_matmul(rows, self.up, at.bounds), self.up_bias, at)
+        return per_expert(segment_matmul(self.act(hidden), self.down, at.bounds), self.down_bias, at)
 
 
 def per_expert(rows: Tensor, vectors: Tensor | None, at: Segments, *, scale: Tensor | None = None) -> Tensor:
@@ -354,5 +354,5 @@ def per_expert(rows: Tensor, vectors: Tensor | None, at: Segments, *, scale: Ten
     """
     ones = rows.new_ones(rows.shape[0], 1)
     if scale is not None:
-        rows = rows * segment_matmul(ones, scale[:, None], at.ends)
-    return rows if vectors is None else rows + segment_matmul(ones, vectors[:, None], at.ends)
+        rows = rows * segment_matmul(ones, scale[:, None], at.bounds)
+    return rows if vectors is None else rows + segment_matmul(ones, vectors[:, None], at.bounds)

@@ -2,6 +2,8 @@
 
 Every head maps features to the logits of ``out_features`` bins that divide [-1, 1] evenly. `Binning` brings real values
 there and back; `smoothness` says how rough a head's distributions are.
+
+Source: Fourier Head: Helping Large Language Models Learn Complex Probability Distributions (arXiv 2410.22269).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_divisible, check_positive, unknown
-from pomona.nn.check import check_input
+from pomona.nn.check import check_input, check_odd
 from pomona.nn.coord_kernel import relative_grid
 from pomona.nn.norm import standardize
 
@@ -143,11 +143,10 @@ class HyperZZWLocal(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_positive(channels=channels, k=k)
-        if k % 2 == 0:
-            raise PomonaError(f"k={k} must be an odd number, such as 3")
+        check_positive(channels=channels)
+        check_odd(k=k)
         if context not in ("sample", "batch", None):
-            raise PomonaError(f"context={context!r} must be 'sample', 'batch' or None")
+            raise unknown("context", context, ("sample", "batch", None))
         self.channels, self.k, self.context = channels, k, context
         self.slow = SlowNet(channels, (k, k), hidden=hidden, generator=generator)
         self.mix = nn.Conv2d(channels, channels, 1) if context else None
@@ -308,7 +307,8 @@ class SFNEBlock(nn.Module):
         (B, C, H, W) -> (B, out, H, W)
 
     Raises:
-        PomonaError: for an unknown branch, or maps of another size.
+        PomonaError: for an unknown branch, global branches of maps that are not square, maps of another size, or an
+            earlier input that is not what ``repeat`` says.
 
     Source: HyperZ.Z.W Operator Connects Slow-Fast Networks for Full Context Interaction, arXiv 2401.17948.
     """
@@ -343,6 +343,9 @@ class SFNEBlock(nn.Module):
 
         self.branches = nn.ModuleList(make(name) for name in self.names)
         slow = any(name.startswith("global_") for name in self.names)
+        if slow and len(set(self.size)) > 1:
+            raise PomonaError(f"size={self.size} must be square for global branches; leave them out of branches")
+        self.repeat = repeat
         self.slow = SlowNet(channels, self.size, hidden=hidden) if slow else None
         self.bottleneck = nn.Conv2d(len(self.names) * channels + repeat, out, 1, bias=False)
         self.norm = GIBS(out, groups)
@@ -354,6 +357,8 @@ class SFNEBlock(nn.Module):
         check_input(self, z, self.channels, 1)
         if tuple(z.shape[-2:]) != self.size:
             raise PomonaError(f"size={self.size} is what this block was made for; its input has shape {tuple(z.shape)}")
+        if (0 if earlier is None else earlier.shape[1]) != self.repeat:
+            raise PomonaError(f"repeat={self.repeat} is how many channels the earlier input must have, 0 for none")
         kernel = self.slow() if self.slow is not None else z
         parts = []
         for name, branch in zip(self.names, self.branches, strict=True):

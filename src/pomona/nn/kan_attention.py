@@ -101,6 +101,8 @@ class KArAtOperator(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, logits, self.tokens)
+        check_input(self, logits, self.heads, -3)
         y = self.basis(logits).flatten(-2) @ self.coefficients.flatten(-2).mT
         return y if self.weight is None else y @ self.weight.mT
 

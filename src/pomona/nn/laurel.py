@@ -6,6 +6,7 @@ Source: LAuReL: Learned Augmented Residual Layer, arXiv 2411.07501.
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from pomona.errors import PomonaError, check_positive, unknown
 from pomona.nn.check import check_input
 from pomona.nn.residual import Add
 
+log = logging.getLogger("pomona.nn")
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "free": lambda s: 1 + s,
     "sigmoid": lambda s: 2 * s.sigmoid(),
@@ -246,7 +248,7 @@ def laurelize(
     Connections made by a module `pomona.nn.residual.Add` are replaced as they are. Sums in the forward pass of a module
     are found by tracing that module with ``torch.fx`` and taken for residual where one operand is computed from the
     other, or both from something else, the branch by more layers than the shortcut; such a module becomes a
-    ``torch.fx.GraphModule``, without its other methods.
+    ``torch.fx.GraphModule``, without its other methods. A module that cannot be traced is left as it is and logged.
 
     Args:
         net: any network.
@@ -305,7 +307,8 @@ def expose_residuals(net: nn.Module) -> nn.Module:
             continue
         try:
             graph = _Shallow().trace(module)
-        except Exception:
+        except Exception as error:  # a forward pass may raise anything when it is given symbols for tensors
+            log.info("%s %s is left as it is, since torch.fx cannot trace it: %s", type(module).__name__, name, error)
             continue
         found = {node: side for node in graph.nodes if (side := _skip(module, node)) is not None}
         if not found:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_divisible, check_positive, unknown
-from pomona.nn.check import check_input
+from pomona.nn.check import check_input, check_odd
 from pomona.nn.mixing import hide
 
 
@@ -51,7 +51,7 @@ class DeformableMaxPool2d(nn.Module):
 
     Args:
         channels: C.
-        k: side of the window.
+        k: side of the window, odd.
         stride: of the windows.
 
     Shape:
@@ -60,6 +60,7 @@ class DeformableMaxPool2d(nn.Module):
 
     def __init__(self, channels: int, k: int = 3, stride: int = 1) -> None:
         super().__init__()
+        check_odd(k=k)
         self.k, self.stride = k, stride
         self.offsets = nn.Conv2d(channels, 2 * k * k, k, stride, k // 2)
         for parameter in self.offsets.parameters():
@@ -131,9 +132,8 @@ class SpatialOp(nn.Module):
         super().__init__()
         if kind not in OPS:
             raise unknown("kind", kind, OPS)
-        check_positive(channels=channels, k=k, stride=stride)
-        if k % 2 == 0:
-            raise PomonaError(f"k={k} must be an odd number, such as 3")
+        check_positive(channels=channels, stride=stride)
+        check_odd(k=k)
         padding = k // 2 if padding is None else padding
         if padding > k // 2 or (padding != k // 2 and kind in ("deform", "identity")):
             raise PomonaError(f"padding={padding} must be {k // 2} with kind={kind!r} and k={k}")
@@ -295,9 +295,8 @@ class PFAttention(nn.Module):
 
     def __init__(self, *, rows: int = 1, k: int = 3, cls: bool = False) -> None:
         super().__init__()
-        check_positive(rows=rows, k=k)
-        if k % 2 == 0:
-            raise PomonaError(f"k={k} must be an odd number, such as 3")
+        check_positive(rows=rows)
+        check_odd(k=k)
         self.rows, self.k, self.cls = rows, k, cls
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -324,8 +323,8 @@ class MixedSpatialOp(nn.Module):
     p is softmax(alpha), or with ``gumbel`` in training a sample: softmax((alpha + Gumbel noise) / tau).
 
     Args:
-        ops: names as in `named_op`.
         channels: C.
+        ops: names as in `named_op`.
         stride: of every operation.
         gumbel: sample p.
         tau: temperature of the sample.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pomona.errors import PomonaError, check_divisible, check_positive
+from pomona.errors import PomonaError, check_divisible, check_positive, unknown
 from pomona.nn.check import check_input
 
 
@@ -85,6 +85,8 @@ class ParametricSpan(nn.Module):
             if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
                 raise PomonaError(f"{name} must hold indices from 0 to {size - 1}, not {index.min()} to {index.max()}")
             self.register_buffer(name, index.long())
+        if mu is not None and mu.shape != source.shape:
+            raise PomonaError(f"mu has shape {tuple(mu.shape)}; it must be (edges,), which is ({len(source)},)")
         self.register_buffer("mu", torch.ones(len(source)) if mu is None else mu)
         self.n_x, self.n_y, self.n_w = n_x, n_y, n_w
 
@@ -247,7 +249,9 @@ def graph(edge_index: Tensor, nodes: int, share: str = "all") -> ParametricSpan:
         edge_index: (2, edges), sources over targets.
     """
     if share not in ("all", "edge"):
-        raise PomonaError(f"share={share!r} must be 'all' or 'edge'")
+        raise unknown("share", share, ("all", "edge"))
+    if edge_index.dim() != 2 or len(edge_index) != 2:
+        raise PomonaError(f"edge_index has shape {tuple(edge_index.shape)}; it must be (2, edges)")
     own = torch.arange(edge_index.shape[1], device=edge_index.device)
     count = len(own) if share == "edge" else 1
     return ParametricSpan(edge_index[0], edge_index[1], own if share == "edge" else own * 0, nodes, nodes, count)
@@ -255,7 +259,7 @@ def graph(edge_index: Tensor, nodes: int, share: str = "all") -> ParametricSpan:
 
 def toeplitz(n: int, m: int | None = None) -> ParametricSpan:
     """y_v = sum_u w_{v - u + n - 1} x_u: a matrix (m, n) with one weight a diagonal."""
-    span = dense(n, m or n)
+    span = dense(n, n if m is None else m)
     return ParametricSpan(span.source, span.target, span.target - span.source + n - 1, n, span.n_y, n + span.n_y - 1)
 
 
@@ -266,9 +270,9 @@ def group_conv(table: Tensor) -> ParametricSpan:
         table: the Cayley table, table[h, k] = h k, (n, n).
     """
     n = len(table)
-    if table.shape != (n, n) or not torch.equal(table.sort(-1).values, torch.arange(n).expand(n, n)):
+    if table.shape != (n, n) or (table.sort(-1).values != torch.arange(n, device=table.device)).any():
         raise PomonaError("table must be (n, n) with every element once in each row, as a group's is")
-    pairs = torch.arange(n * n)
+    pairs = torch.arange(n * n, device=table.device)
     return ParametricSpan(pairs // n, table.flatten(), pairs % n, n, n, n)
 
 

@@ -32,6 +32,8 @@ class BaseLayer(nn.Module):
         self, in_features: int, out_features: int, base: str = "silu", generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
+        if base not in BASE_FUNCTIONS:
+            raise unknown("base", base, BASE_FUNCTIONS)
         self.base = base
         scale = in_features**-0.5
         self.weight = nn.Parameter(torch.empty(out_features, in_features).uniform_(-scale, scale, generator=generator))
@@ -104,8 +106,9 @@ class SelectableKANLayer(nn.Module):
         check_positive(in_features=in_features, out_features=out_features, tau=tau, choice_lr=choice_lr)
         if not pool:
             raise PomonaError(f"pool={pool!r} must name at least one kind of function")
+        sized = grid if isinstance(grid, Mapping) else ()
         for field, value, known in (
-            *(("pool", name, [*BASES, "base"]) for name in pool),
+            *((field, name, [*BASES, "base"]) for field, names in (("pool", pool), ("grid", sized)) for name in names),
             ("select", select, ["node", "layer"]),
             ("norm", norm, ["none", "layer"]),
         ):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pomona.errors import PomonaError, check_divisible, check_positive
+from pomona.errors import PomonaError, check_divisible, check_positive, unknown
 from pomona.nn.coord_kernel import CoordKernel, horizon_size
 from pomona.nn.mixing import hide
 
@@ -129,7 +129,8 @@ class WeightNet(nn.Module):
         super().__init__()
         check_positive(hidden=hidden, taps=taps, omega=omega)
         if act not in ("sine", "gelu"):
-            raise PomonaError(f"act={act!r} must be 'sine' or 'gelu'")
+            raise unknown("act", act, ("sine", "gelu"))
+        check_divisible("in_channels", in_channels, "groups", groups)
         self.act, self.omega, self.shape = act, omega, (out_channels, in_channels // groups)
         sizes = (dim, hidden, hidden, math.prod(self.shape))
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(sizes))
@@ -193,7 +194,7 @@ class SMPConv1d(CoordKernel):
             in_channels,
             out_channels,
             n_points,
-            radius=radius or 2 / size,
+            radius=2 / size if radius is None else radius,
             coord_std=coord_std,
             groups=groups,
             causal=causal,
@@ -244,9 +245,9 @@ class SMPConv2d(CoordKernel):
         kernel = SMPKernel(
             in_channels,
             out_channels,
-            n_points or max(4, math.prod(sizes) // 4),
+            max(4, math.prod(sizes) // 4) if n_points is None else n_points,
             dim=2,
-            radius=radius or 2 / max(sizes),
+            radius=2 / max(sizes) if radius is None else radius,
             coord_std=coord_std,
             groups=groups,
             shared=shared,

@@ -56,13 +56,13 @@ def op_study(
         {operation: validation metrics, latency, parameters and flops}
     """
 
-    def make(kind: str) -> nn.Module:
+    def make(kind: str) -> PFResNet:
         def make_op(index: int, channels: int, stride: int) -> nn.Module:
             return SpatialOp(kind if index == position else "conv", channels, stride=stride)
 
         return _seeded(task, seed, make_op=make_op, **options)
 
-    blocks = len(make("conv").get_submodule("blocks")._modules)
+    blocks = len(make("conv").blocks)
     if not 0 <= position < blocks:
         raise PomonaError(f"position={position} must be the index of one of {blocks} blocks")
     results = {}
@@ -85,7 +85,7 @@ def search_ops(
     """Choose the operation of every block by gradient, weights and choices in one level.
 
     Args:
-        task, budget, training, seed: of the training; its validation split keeps the best weights.
+        task, budget, training, seed: of the training, whose last choices count.
         ops: names as in `named_op`.
         gumbel: sample the choices, instead of mixing by the softmax.
         **options: of `PFResNet`.
@@ -112,7 +112,7 @@ def build_chosen(task: Task, chosen: Sequence[str], *, seed: int = 0, **options:
     return _seeded(task, seed, make_op=make_op, **options)
 
 
-def _seeded(task: Task, seed: int, **options: Any) -> nn.Module:
+def _seeded(task: Task, seed: int, **options: Any) -> PFResNet:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return PFResNet(task.inputs.shape[0], task.outputs.size, **options)

@@ -90,8 +90,8 @@ def jacobian_log_norm(net: IsoMLP, x: Tensor, probes: int = 8, generator: torch.
     x = x.flatten(1).detach().requires_grad_()
     out = net.hidden(x)[-1]
     v = torch.randn(probes, *out.shape, generator=generator, dtype=x.dtype, device=x.device)
-    rows = [torch.autograd.grad(out, x, row, retain_graph=True)[0] for row in v]
-    return math.log(float(torch.stack(rows).double().square().sum()) / probes) / 2
+    (rows,) = torch.autograd.grad(out, x, v, is_grads_batched=True)
+    return math.log(float(rows.double().square().sum()) / probes) / 2
 
 
 def gradient_growth(depths: Sequence[float], norms: Sequence[float]) -> float:

@@ -49,7 +49,10 @@ class Lion(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            moments: list[Tensor] = [self.state[p].setdefault("exp_avg", torch.zeros_like(p)) for p in params]
+            for p in params:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+            moments: list[Tensor] = [self.state[p]["exp_avg"] for p in params]
             grads, (b1, b2) = [p.grad for p in params], group["betas"]
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])

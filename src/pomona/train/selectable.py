@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pomona.data.task import Task
-from pomona.errors import PomonaError
+from pomona.errors import PomonaError, check_positive
 from pomona.nn.selectable_kan import SelectableKANLayer, prune_selectable
 from pomona.train.budget import Budget
 from pomona.train.loop import Fit, fit
@@ -68,6 +68,7 @@ def fit_selectable(
     Source: Activation Space Selectable Kolmogorov-Arnold Networks, arXiv 2408.08338.
     """
     training, budget = training or Training(), budget or Budget()
+    check_positive(top=top, tau=min(tau))
     if len(phases) != 3 or min(phases) <= 0 or abs(sum(phases) - 1) > 1e-6:
         raise PomonaError(f"phases={phases} must be three shares above 0 that sum to 1")
     count, size = len(task.splits["train"]), min(training.batch_size, len(task.splits["train"]))
