@@ -1,17 +1,25 @@
-"""Tracing and editing: seconds, and what half the width is worth in FLOPs and in latency.
+"""Tracing and editing: seconds, memory, and what half the width is worth in FLOPs and in latency.
 
 A ResNet-50 and a 12-layer transformer, both plain modules with random weights. Time is wall time on the threads given;
 latency is the median over forward passes of the two networks in turn. A FLOP ratio that is not matched by latency is
-what a small layer costs whatever its size.
+what a small layer costs whatever its size. Memory is by how much the peak of a fresh process (Linux) rises above its
+start while ``take`` runs, in copies of the weights. Matching is Git Re-Basin's by weights, of two ResNet-20 with random
+weights, in processor time as well, which other processes do not lengthen.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from pomona.edit.git_rebasin import match
 from pomona.edit.operations import duplicate, permute, take
 from pomona.trace.axes import axes
 
 TARGETS = {"resnet50": {"trace": 10.0, "edit": 1.0}, "transformer": {"trace": 15.0, "edit": 1.0}}
+MATCHING_SECONDS, COPIES = 30.0, 1.0
+STATUS = Path("/proc/self/status")
 
 
 def conv_bn(i: int, o: int, kernel: int = 1, stride: int = 1) -> nn.Sequential:
@@ -49,6 +60,25 @@ def resnet50() -> nn.Module:
             layers.append(Bottleneck(i, width, 2 if stage and not block else 1))
             i = 4 * width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(i, 1000))
+
+
+class Basic(nn.Module):
+    def __init__(self, i: int, o: int, stride: int) -> None:
+        super().__init__()
+        self.a, self.b = conv_bn(i, o, 3, stride), conv_bn(o, o, 3)
+        self.short = nn.Identity() if i == o and stride == 1 else conv_bn(i, o, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.short(x) + self.b(F.relu(self.a(x))))
+
+
+def resnet20(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
+    blocks = [Basic(i, o, 1 if i == o else 2) for i, o in pairwise(widths)]
+    return nn.Sequential(
+        conv_bn(3, 16, 3), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
+    )
 
 
 class Attention(nn.Module):
@@ -138,17 +168,73 @@ def measure(name: str, repetitions: int) -> dict[str, Any]:
     }
 
 
+def matching() -> dict[str, Any]:
+    """Seconds to match two ResNet-20, the trace included."""
+    a, b = (resnet20(seed).eval() for seed in range(2))
+    start = time.process_time()
+    found, wall = timed(lambda: match(a, b, axes(a, torch.randn(1, 3, 32, 32))))
+    seconds = {"processor": round(time.process_time() - start, 2), "wall": round(wall, 2)}
+    return {"seconds": seconds, "target": MATCHING_SECONDS, "steps": len(found.history) - 1}
+
+
+def resident(name: str) -> int:
+    """``VmRSS`` or ``VmHWM`` (its peak) of this process, in bytes."""
+    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    return 1024 * int(found.group(1)) if found else 0
+
+
+def rise(keep: float) -> dict[str, float]:
+    """By how much memory rises above its start while ``take`` keeps a share of a ResNet-50, in copies of its weights.
+
+    ``forward`` is the rise of a forward pass alone on the traced example, which ``take`` runs to prove its result.
+    """
+    net, x = resnet50().eval(), torch.randn(1, 3, 224, 224)
+    found = axes(net, x)
+    take(resnet20(0), axes(resnet20(0), torch.randn(1, 3, 32, 32)))  # libraries and their buffers are there
+    weights = sum(t.numel() * t.element_size() for t in net.state_dict().values())
+
+    def above(call: Callable[[], Any]) -> tuple[float, Any]:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free but kept would hide what is taken
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        start = resident("VmRSS")
+        result = call()
+        return (resident("VmHWM") - start) / weights, result
+
+    with torch.no_grad():
+        forward, _ = above(lambda: net(x))
+    bare, edit = above(lambda: take(net, found, keep, verify=False))
+    del edit
+    proved, edit = above(lambda: take(net, found, keep))
+    kept = sum(t.numel() * t.element_size() for t in edit.net.state_dict().values()) / weights
+    rises = {"take": proved, "without verifying": bare, "forward": forward, "result": kept}
+    return {key: round(value, 2) for key, value in rises.items()}
+
+
+def memory() -> dict[str, Any]:
+    """``rise`` at two shares, each in a process of its own."""
+    command = [sys.executable, __file__, "--rise"]
+    shares = ("0.5", "1.0")
+    said = [subprocess.run([*command, keep], check=True, capture_output=True, text=True).stdout for keep in shares]
+    return {"copies": dict(zip(shares, map(json.loads, said), strict=True)), "target": COPIES}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="machine-readable output")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--rise", type=float, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    if chosen.rise:
+        print(json.dumps(rise(chosen.rise)))
+        return
     rows = [measure(name, chosen.repetitions) for name in chosen.cases]
+    matched, extra = matching(), memory()
     if chosen.json:
-        print(json.dumps({"torch": torch.__version__, "threads": chosen.threads, "rows": rows}, indent=1))
+        versions = {"torch": torch.__version__, "threads": chosen.threads}
+        print(json.dumps({**versions, "rows": rows, "matching": matched, "memory": extra}, indent=1))
         return
     for row in rows:
         before, after = row["parameters"]
@@ -157,6 +243,12 @@ def main() -> None:
               + f" (target: trace {row['target']['trace']:.0f} s, an edit {row['target']['edit']:.0f} s)")  # fmt: skip
         print(f"  {row['flops_ratio']:.1f}x fewer FLOPs, {row['latency_ratio']:.1f}x faster "
               f"({row['latency_ms'][0]:.1f} -> {row['latency_ms'][1]:.1f} ms)")  # fmt: skip
+    seconds = matched["seconds"]
+    print(f"matching of two ResNet-20: {seconds['processor']:.1f} s of processor, {seconds['wall']:.1f} s in all, "
+          f"{matched['steps']} steps (target: {matched['target']:.0f} s)")  # fmt: skip
+    for keep, copies in extra["copies"].items():
+        print(f"take({keep}) of ResNet-50: " + ", ".join(f"{key} {value:.2f}" for key, value in copies.items())
+              + f" copies of the weights (target: {extra['target']:.0f})")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every activation, norm and linear layer in an MLP on three real data sets, by the fair protocol.
+"""Every activation, norm and linear layer in an MLP on real data sets, by the fair protocol.
 
 The result goes to ``docs/measured/layer_comparisons.json``, from which the page on layers is made. Linear layers are
 compared at equal parameters.
@@ -21,18 +21,15 @@ import pomona as pm
 from pomona.study.slots import sweep
 
 OUT = Path(__file__).parent.parent / "docs" / "measured" / "layer_comparisons.json"
-DATA: dict[str, dict[str, Any]] = {
-    "fashion_mnist": {"kind": "images", "limit": 2000},
-    "breast_cancer": {"kind": "table, classes"},
-    "diabetes": {"kind": "table, numbers"},
-}
-SLOTS = {"act": "gelu", "norm": "none", "linear": "linear"}
+DATA: dict[str, dict[str, Any]] = {"digits": {}, "breast_cancer": {}, "diabetes": {}, "fashion_mnist": {"limit": 2000}}
+TOO_SLOW = {("fashion_mnist", "linear")}
+"""Some linear layers do a computation for each of 784 inputs and outputs."""
+SLOTS = {"linear": "linear", "norm": "none", "act": "gelu"}
 """What is swept, and the name that the others are compared with."""
 SEEDS, TRIALS, EPOCHS = 5, 4, 15.0
 
 
 def compare(data: str, slot: str, seeds: int, trials: int, epochs: float) -> dict[str, Any]:
-    own = {key: value for key, value in DATA[data].items() if key != "kind"}
     names = sweep(f"{slot}=all", "mlp")
     with tempfile.TemporaryDirectory() as folder:
         study = pm.compare(
@@ -46,7 +43,7 @@ def compare(data: str, slot: str, seeds: int, trials: int, epochs: float) -> dic
             epochs=epochs,
             references=False,
             zoo=folder,
-            **own,
+            **DATA[data],
         )
         rows = [
             {
@@ -75,8 +72,8 @@ def main() -> None:
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     found = json.loads(OUT.read_text()) if OUT.exists() else []
-    for data in chosen.data:
-        for slot in chosen.slots:
+    for slot in chosen.slots:
+        for data in (data for data in chosen.data if (data, slot) not in TOO_SLOW):
             start = time.perf_counter()
             new = compare(data, slot, chosen.seeds, chosen.trials, chosen.epochs)
             new |= {"seeds": chosen.seeds, "trials": chosen.trials, "epochs": chosen.epochs, "torch": torch.__version__}
