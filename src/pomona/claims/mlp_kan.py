@@ -134,7 +134,7 @@ def _make(kind: str, features: int, outputs: int, dim: int, hidden: int, width: 
 @cache
 def _width(kind: str, *sizes: int) -> int:
     target = parameters(_make("mlp_kan", *sizes))
-    return match_width(lambda width: _make(kind, *sizes, width), target, tolerance=0.1, highest=1024)
+    return match_width(lambda width: _make(kind, *sizes, width=width), target, tolerance=0.1, highest=1024)
 
 
 def _score(kind: str, tasks: Sequence[Task], sizes: dict[str, Any], lr: float, seed: int, split: str) -> dict[str, Any]:

@@ -145,10 +145,11 @@ class Counts:
 
     @staticmethod
     def _inside(sets: Any, dim: int, other: int) -> bool:
-        """Whether elements along ``other`` lie in one bundle for each index along ``dim``."""
+        """Whether elements along ``other`` lie in one bundle for each index along ``dim``, another one where they differ."""
         plane = np.moveaxis(sets, [dim, other], [0, 1]).reshape(sets.shape[dim], sets.shape[other], -1)[:, :, 0]
         mine = [frozenset.intersection(*row) for row in plane]
-        return all(mine) and bool(mine[0] - frozenset.intersection(*mine))
+        apart = len({*mine}) == len({*map(tuple, plane)})  # a bundle of several indices does not tell them apart
+        return all(mine) and apart and bool(mine[0] - frozenset.intersection(*mine))
 
     def size(self, value: Value, dim: int) -> int:
         """The new size of a dimension."""
