@@ -69,7 +69,9 @@ def forward(layer: nn.Module, x: Tensor) -> None:
 
 def step(layer: nn.Module, x: Tensor) -> None:
     y = layer(x)
-    (y[0] if isinstance(y, tuple) else y).sum().backward()
+    total = (y[0] if isinstance(y, tuple) else y).sum()
+    if total.requires_grad:  # mixer=none gives zeros, whatever comes in
+        total.backward()
 
 
 def milliseconds(

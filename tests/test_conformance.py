@@ -207,17 +207,20 @@ def test_survives_copying_and_its_state_dict(name: str, device: str) -> None:
 @every
 def test_gradients_are_right(name: str, device: str) -> None:
     layer, args = awake(name, device=device), arguments(name, 2, device=device)
-    leaves = numbers(args)
-    names = [n for n, p in layer.named_parameters() if p.requires_grad]
-    values = [layer.get_parameter(n).detach().clone() for n in names]
+    parameters = {key: p.detach() for key, p in layer.named_parameters() if p.requires_grad}
+    moved = numbers(args)
+    if parameters:  # as one vector: a random direction through all of them is enough
+        moved.append(torch.cat([p.flatten() for p in parameters.values()]))
 
     def run(*moved: Tensor) -> tuple[Tensor, ...]:
         given = iter(moved)
-        args_moved = tree_map(lambda a: next(given) if isinstance(a, Tensor) and a.is_floating_point() else a, args)
-        return tuple(numbers(functional_call(layer, dict(zip(names, given, strict=True)), args_moved)))
+        inputs = tree_map(lambda a: next(given) if isinstance(a, Tensor) and a.is_floating_point() else a, args)
+        pieces = next(given).split([p.numel() for p in parameters.values()]) if parameters else ()
+        values = {key: piece.view_as(p) for piece, (key, p) in zip(pieces, parameters.items(), strict=True)}
+        return tuple(numbers(functional_call(layer, values, inputs)))
 
-    moved = [x.detach().clone().requires_grad_() for x in (*leaves, *values)]
-    assert torch.autograd.gradcheck(run, moved, eps=1e-6, atol=1e-4, fast_mode=True)
+    moved = [x.detach().clone().requires_grad_() for x in moved]
+    assert torch.autograd.gradcheck(run, moved, eps=1e-6, atol=1e-5, fast_mode=True)
 
 
 @every
@@ -293,8 +296,13 @@ def test_learns_the_digits(slot: str, name: str) -> None:
     assert evaluate(found.net, task, "valid")["accuracy"] > FLOORS.get((slot, name), 0.75 if slot == "mixer" else 0.85)
 
 
-# activations promote integers, as torch's own do
-@cases(lambda name, case: not name.startswith("act=") and bool(case.inputs) and type(case.inputs[0]) is N)
+NO_CHECK_OF_THEIR_OWN = ("act=", "pomona.nets.", "pomona.train.", "pomona.theory.", "pomona.nn.mixing:MixerNet")
+"""Activations promote integers, as torch's own do; networks leave the check to their first layer."""
+
+
+@cases(
+    lambda name, case: not name.startswith(NO_CHECK_OF_THEIR_OWN) and bool(case.inputs) and type(case.inputs[0]) is N
+)
 def test_integers_are_refused_in_a_sentence(name: str) -> None:
     layer, args = make(name), arguments(name)
     if not type(layer).__module__.startswith("pomona.") or not any(True for _ in layer.parameters()):

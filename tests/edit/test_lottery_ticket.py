@@ -196,6 +196,7 @@ def test_supermask_evaluates_the_untrained_ticket():
 
 
 def test_barrier_is_zero_on_equal_networks_and_found_on_permuted_ones():
+    torch.manual_seed(0)
     a = train(net_fn(), 0).net
     assert linear_barrier(a, copy.deepcopy(a), valid_loss)["barrier"] == pytest.approx(0, abs=1e-6)
     b = copy.deepcopy(a)

@@ -165,8 +165,9 @@ def test_match_gives_the_asked_parameters_within_two_per_cent(name):
 
 @pytest.mark.parametrize("linear", catalog.slots()["linear"])
 def test_match_works_with_every_linear_layer(linear):
-    net = build(f"mlp linear={linear}", Sizes(Inputs("table", (20,))), match=20_000)
-    assert abs(parameters(net) - 20_000) <= 400
+    goal = 200_000 if linear == "selectable_kan" else 20_000  # one unit more has over a thousand parameters
+    net = build(f"mlp linear={linear}", Sizes(Inputs("table", (20,))), match=goal)
+    assert abs(parameters(net) - goal) <= goal // 50
     assert net(torch.randn(4, 20)).shape == (4, 3)
 
 

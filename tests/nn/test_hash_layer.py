@@ -104,6 +104,7 @@ def test_gradients_empty_batches_and_stacks(make):
     one, tokens = make(), ids(2, 3)
     assert torch.autograd.gradcheck(lambda h: one(h, tokens), states(2, 3).requires_grad_())
     assert one(states(0, 3), ids(0, 3)).shape == (0, 3, D)
+    assert one(states(2, 0), tokens).shape == (2, 0, D)
     assert one.bfloat16()(states(2, 3).bfloat16(), tokens).dtype == torch.bfloat16
     many = [make() for _ in range(3)]
     parameters, buffers = stack_module_state(many)

@@ -28,7 +28,7 @@ SIZES: dict[Scale, dict[str, Any]] = {
         "digits": None,
         "formulas": 8,
         "points": 2000,
-        "epochs": 15,
+        "epochs": 12,
         "rates": [1e-2, 3e-3],
         "dim": 16,
         "hidden": 32,
@@ -132,9 +132,9 @@ def _make(kind: str, features: int, outputs: int, dim: int, hidden: int, width: 
 
 
 @cache
-def _width(kind: str, *sizes: int) -> int:
-    target = parameters(_make("mlp_kan", *sizes))
-    return match_width(lambda width: _make(kind, *sizes, width=width), target, tolerance=0.1, highest=1024)
+def _width(kind: str, features: int, outputs: int, dim: int, hidden: int) -> int:
+    target = parameters(_make("mlp_kan", features, outputs, dim, hidden))
+    return match_width(lambda n: _make(kind, features, outputs, dim, hidden, n), target, tolerance=0.1, highest=1024)
 
 
 def _score(kind: str, tasks: Sequence[Task], sizes: dict[str, Any], lr: float, seed: int, split: str) -> dict[str, Any]:

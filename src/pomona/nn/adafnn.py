@@ -77,6 +77,7 @@ class MicroMLPs(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, t)
         h = t.reshape(1, -1, 1).expand(self.n_basis, -1, 1)
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):

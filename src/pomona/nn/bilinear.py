@@ -196,6 +196,7 @@ class BilinearNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """U B_L(... B_1(E x))."""
+        check_input(self, x)
         x = x.flatten(1)
         if self.training and self.noise > 0:
             x = x + self.noise * torch.randn_like(x)

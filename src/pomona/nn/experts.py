@@ -99,17 +99,20 @@ class _SegmentOuter(torch.autograd.Function):
         return _SegmentMatmul.apply(y, grad.mT, bounds), _SegmentMatmul.apply(x, grad, bounds), None
 
 
-def segment_matmul(x: Tensor, weight: Tensor, bounds: Tensor) -> Tensor:
-    """y_n = x_n W_e for the rows n of segment e, bounds[e, 0] <= n < bounds[e, 1]; rows of no segment give zeros.
+def segment_matmul(x: Tensor, weight: Tensor, bounds: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y_n = x_n W_e + b_e for rows n of segment e, bounds[e, 0] <= n < bounds[e, 1]; rows of no segment give zeros.
 
     Args:
         x: (rows, in).
         weight: (segments, in, out).
         bounds: (segments, 2) int64, in order and without overlap.
+        bias: (segments, out).
 
     Returns:
         (rows, out)
     """
+    if bias is not None:  # one more row of the weight, so that its gradient is a product too
+        x, weight = F.pad(x, (0, 1), value=1.0), torch.cat([weight, bias[:, None]], 1)
     return _SegmentMatmul.apply(x, weight.to(x.dtype), bounds)
 
 
@@ -343,16 +346,5 @@ class ExpertBank(Experts):
 
     def run(self, rows: Tensor, at: Segments) -> Tensor:
         """See `Experts`."""
-        hidden = per_expert(segment_matmul(rows, self.up, at.bounds), self.up_bias, at)
-        return per_expert(segment_matmul(self.act(hidden), self.down, at.bounds), self.down_bias, at)
-
-
-def per_expert(rows: Tensor, vectors: Tensor | None, at: Segments, *, scale: Tensor | None = None) -> Tensor:
-    """scale_e * row + vector_e for sorted rows (entries, m), each expert's own (experts, m); none where it is None.
-
-    Both come in as products with a column of ones, so that their gradients are segment sums, not scattered additions.
-    """
-    ones = rows.new_ones(rows.shape[0], 1)
-    if scale is not None:
-        rows = rows * segment_matmul(ones, scale[:, None], at.bounds)
-    return rows if vectors is None else rows + segment_matmul(ones, vectors[:, None], at.bounds)
+        hidden = segment_matmul(rows, self.up, at.bounds, self.up_bias)
+        return segment_matmul(self.act(hidden), self.down, at.bounds, self.down_bias)

@@ -87,7 +87,8 @@ class MultiHashFFN(nn.Module):
         check_input(self, h, self.bank.dim)
         if tokens is not None:
             self.context.set_tokens(tokens)
-        index = self.experts(self.context(h))[..., -h.shape[-2] :, :] if h.shape[-2] else h.new_zeros(0)
+        index = self.experts(self.context(h))
+        index = index[..., index.shape[-2] - h.shape[-2] :, :]
         shift = self.n_experts * torch.arange(len(self.tables), device=h.device)
         return self.bank(h, index + shift)
 

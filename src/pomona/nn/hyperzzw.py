@@ -193,6 +193,7 @@ class RGU(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, z)
         return self.y(F.gelu(standardize(self.k(z) * self.q(self.v(z)), (-2, -1))) + self.position)
 
 
@@ -217,6 +218,7 @@ class HyperChannelInteraction(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, z)
         return z * self.gate(z)
 
 
@@ -241,6 +243,7 @@ class HyperInteraction(HyperChannelInteraction):
 
     def forward(self, z: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, z)
         m = z.mean(1, keepdim=True)
         space = hyper_zzw(self.slow_space(), m, how="elementwise", context=self.context).sigmoid()
         return z * self.gate(z) * space

@@ -191,6 +191,7 @@ class Laurel(nn.Module):
 
     def forward(self, x: Tensor, previous: Sequence[Tensor] = ()) -> Tensor:
         """See the class."""
+        check_input(self, x)
         return self.join(x if self.shortcut is None else self.shortcut(x), self.f(x), previous)
 
 

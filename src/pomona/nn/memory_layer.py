@@ -68,6 +68,7 @@ class ProductKeys(nn.Module):
 
     def forward(self, q: Tensor, topk: int) -> tuple[Tensor, Tensor]:
         """See the class."""
+        check_input(self, q)
         best, row = self.half_scores(q).topk(min(topk, self.n_keys), -1)
         (s1, s2), (i1, i2) = best.unbind(-2), row.unbind(-2)
         sums = (s1[..., :, None] + s2[..., None, :]).flatten(-2)

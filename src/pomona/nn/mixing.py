@@ -321,6 +321,7 @@ class MixerBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """See the class."""
+        check_input(self, x)
         if self.pre:
             x = x + self.branch_mixer(self.mixer(self.norm_mixer(x), mask))
             return x + self.branch_channel(self.channel_mlp(self.norm_channel(x)))

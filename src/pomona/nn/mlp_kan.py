@@ -21,7 +21,6 @@ from pomona.nn.experts import (
     LastPass,
     Segments,
     balance_loss,
-    per_expert,
     segment_matmul,
     top_gates,
 )
@@ -86,7 +85,9 @@ class KANExpertBank(Experts):
     def run(self, rows: Tensor, at: Segments) -> Tensor:
         """See `Experts`."""
         for gain, shift, weight in zip(self.gains, self.shifts, self.weights, strict=True):
-            rows = per_expert(F.layer_norm(rows, rows.shape[-1:]), shift, at, scale=gain)
+            own = torch.cat([gain, shift], -1)[:, None]
+            a, b = segment_matmul(rows.new_ones(len(rows), 1), own, at.bounds).chunk(2, -1)
+            rows = a * F.layer_norm(rows, rows.shape[-1:]) + b
             rows = segment_matmul(self.basis(rows).flatten(-2), weight, at.bounds)
         return rows
 

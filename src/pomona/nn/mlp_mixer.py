@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_divisible, check_positive, unknown
+from pomona.nn.check import check_input
 from pomona.nn.feedforward import FeedForward
 from pomona.nn.mixing import MixerBlock, MixerNet, MLPTokenMixer, lecun_
 
@@ -84,6 +85,7 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, x)
         return self.conv(x).flatten(2).mT
 
 

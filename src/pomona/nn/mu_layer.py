@@ -195,6 +195,7 @@ class PolyBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, x)
         for norm, layer in zip(self.norms, (self.first, self.second), strict=True):
             change = layer(norm(x))
             x = x + self.branch(change.unsqueeze(1).flatten(1, -2)).reshape(x.shape)

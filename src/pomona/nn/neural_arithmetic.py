@@ -205,6 +205,7 @@ class NACMul(NAC):
 
     def forward(self, x: Tensor) -> Tensor:
         """exp(W log(|x| + eps))"""
+        check_input(self, x, self.in_features)
         return super().forward(torch.log(x.abs() + self.eps)).exp()
 
 

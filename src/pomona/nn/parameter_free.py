@@ -68,6 +68,7 @@ class DeformableMaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, x)
         height, width = x.shape[-2:]
         dtype = torch.promote_types(x.dtype, torch.float32)
         rows, columns = (torch.arange(0, side, self.stride, device=x.device, dtype=dtype) for side in (height, width))
@@ -198,6 +199,7 @@ class PFBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, x)
         return F.relu(self.shortcut(x) + self.expand(self.spatial(self.reduce(x))))
 
 
@@ -228,6 +230,7 @@ class PFInvertedBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, x)
         return x + self.body(x) if self.same else self.body(x)
 
 

@@ -69,6 +69,8 @@ class RevBlock(nn.Module):
 
     def forward(self, x1: Tensor, x2: Tensor) -> Pair:
         """See the class."""
+        check_input(self, x1)
+        check_input(self, x2)
         return self.down(x2), self.down(x1) + self.function(x2)
 
     def inverse(self, y1: Tensor, y2: Tensor) -> Pair:

@@ -204,6 +204,7 @@ class PrunedKANLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, x)
         x = self.norm(x)
         return torch.cat([member(x) for member in self.members.values()], -1).index_select(-1, self.order)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_divisible, check_positive, unknown
+from pomona.nn.check import check_input
 from pomona.nn.coord_kernel import CoordKernel, horizon_size
 from pomona.nn.mixing import hide
 
@@ -82,6 +83,7 @@ class SMPKernel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
+        check_input(self, x)
         influence = self.influence(x).expand(len(self.weight), -1, -1)
         return self.weight.mT @ influence.to(self.weight.dtype)
 
@@ -146,6 +148,7 @@ class WeightNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(points, dim) -> (out_channels, in_channels / groups, points)"""
+        check_input(self, x)
         for layer in self.layers[:2]:  # type: ignore[index]
             x = torch.sin(self.omega * layer(x)) if self.act == "sine" else F.gelu(layer(x))
         return self.layers[2](x).mT.unflatten(0, self.shape)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pomona.errors import PomonaError, check_positive
+from pomona.nn.check import check_input
 
 State = tuple[Tensor, ...]
 
@@ -148,6 +149,7 @@ class _NormRecurrent(nn.Module):
         )
 
     def _run(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        check_input(self, x)
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
             raise PomonaError(
                 f"input of shape {tuple(x.shape)} must have 2 (unbatched) or 3 axes, the last of input_size="
