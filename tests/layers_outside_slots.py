@@ -182,6 +182,7 @@ OUTSIDE: dict[str, Case] = {
     "pomona.nn.parameter_free:PFInvertedBottleneck": case(lambda C: C(8, 8, expansion=2), MAPS),
     "pomona.nn.parameter_free:DeformableMaxPool2d": case(lambda C: C(8), MAPS),
     "pomona.nn.parameter_free:MixedSpatialOp": case(lambda C: C(8), MAPS),
+    "pomona.nn.pool:PowerPool2d": case(lambda C: C(2, p=3.0, learn=True), MAPS, out=(8, 3, 3)),
     "pomona.nn.coord_kernel:CoordKernel": case(lambda C: C(SMPKernel(4, 6, 5), 4, 6, 3), N(4, 9), out=(6, 9)),
     "pomona.nn.smpconv:SMPKernel": case(lambda C: C(4, 6, 5), N(1), out=(6, 4), axes=(2,)),
     "pomona.nn.smpconv:SMPConv1d": case(lambda C: C(4, 6, 5), N(4, 9), out=(6, 9)),

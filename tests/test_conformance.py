@@ -188,6 +188,13 @@ def test_takes_extra_leading_dimensions(name: str) -> None:
 
 
 @every
+def test_works_where_its_input_is(name: str) -> None:
+    """Tensors that a layer made on the CPU would not mix with those on the meta device."""
+    y = make(name).eval().to("meta")(*arguments(name, dtype=torch.float32, device="meta"))
+    assert {leaf.device.type for leaf in outputs(name, y)} == {"meta"}
+
+
+@every
 def test_is_the_same_for_the_same_seed(name: str) -> None:
     a, b = make(name, 3).eval(), make(name, 3).eval()
     torch.testing.assert_close(a.state_dict(), b.state_dict(), rtol=0, atol=0, equal_nan=True)

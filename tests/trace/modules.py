@@ -345,3 +345,24 @@ class EinsumAttention(nn.Module):
         q, k, v = (torch.einsum("btc,hcd->bhtd", x, w) for w in (self.q, self.k, self.v))
         a = torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1)
         return self.head(x + torch.einsum("bhqk,bhkd,hdc->bqc", a, v, self.out))
+
+
+class HaloAttention(nn.Module):
+    """Windows that see a larger one around them; a head's keys and values lie side by side in one layer."""
+
+    def __init__(self, heads: int = 2, k: int = 4, v: int = 6) -> None:
+        super().__init__()
+        self.heads, self.k, self.v = heads, k, v
+        self.q, self.kv = nn.Conv2d(3, heads * k, 1), nn.Conv2d(3, heads * (k + v), 1, bias=False)
+        self.position, self.out = nn.Parameter(torch.randn(36, k)), nn.Conv2d(heads * v, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).reshape(-1, self.k, 2, 4, 2, 4).permute(0, 1, 3, 5, 2, 4)
+        q = q.reshape(self.heads, self.k, 16, 4).transpose(1, 3)
+        kv = F.pad(self.kv(x), [1, 1, 1, 1]).unfold(2, 6, 4).unfold(3, 6, 4)
+        kv = kv.reshape(self.heads, self.k + self.v, 4, 36).permute(0, 2, 3, 1)
+        k, v = kv.split([self.k, self.v], -1)
+        near = (q.reshape(-1, 16, self.k) @ self.position.T).reshape(self.heads, 4, 16, 36)
+        y = (q @ k.transpose(-1, -2) + near).softmax(-1) @ v
+        y = y.transpose(1, 3).reshape(-1, 4, 4, 2, 2).permute(0, 3, 1, 4, 2)
+        return self.out(y.reshape(1, self.heads * self.v, 8, 8))

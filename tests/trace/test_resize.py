@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from pomona.edit.operations import take
 from pomona.errors import PomonaError
 from pomona.trace import axes, resized
 from pomona.trace.check import leaves, worst_difference
@@ -109,3 +110,39 @@ def test_refusals_name_the_operation():
         resized(found, {v.name: torch.arange(11)})
     with pytest.raises(PomonaError, match="is not known"):
         resized(found, {"nothing": torch.arange(3)})
+
+
+class MaskedConstant(nn.Module):
+    """A constant with a dimension of heads, which nothing but it has before it meets the scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.out = (nn.Linear(12, 12) for _ in range(3))
+        self.register_buffer("mask", torch.randn(1, 1, 5, 5))
+
+    def forward(self, x):
+        q, k, v = (y.view(2, 5, 3, 4).transpose(1, 2) for y in (self.q(x), self.k(x), x))
+        scores = q @ k.mT + (torch.zeros(1, 3, 5, 5) + self.mask)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 12))
+
+
+def test_a_constant_keeps_its_units_beside_a_mask():
+    check(MaskedConstant(), (torch.randn(2, 5, 12),), exact=False)
+
+
+class SharedConstant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        ones = torch.ones(2, 8)
+        return self.c(self.a(x) * ones) + self.d(self.b(x) * ones)
+
+
+def test_an_operation_that_fails_is_named_with_the_axes_it_holds():
+    net, x = SharedConstant(), torch.randn(2, 6)
+    found = axes(net, x)
+    assert take(net, found, 0.5).net(x).shape == (2, 3)
+    with pytest.raises(PomonaError, match=r"mul \(aten\.mul\.Tensor\) does not run: .*; it holds a\.weight$"):
+        take(net, found, {"a.weight": range(4)})

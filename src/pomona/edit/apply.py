@@ -18,7 +18,7 @@ from pomona.edit.patch import Sizes, owner, patch_known, patch_named
 from pomona.errors import PomonaError
 from pomona.trace.axis import Axis, AxisSet
 from pomona.trace.check import leaves, worst_difference
-from pomona.trace.resize import resized
+from pomona.trace.resize import failure, resized
 from pomona.weights.space import NORM_LAYERS
 
 Fill = Callable[[str, Tensor, Tensor, Mapping[int, Dim]], None]
@@ -152,10 +152,14 @@ def _proved(net: nn.Module, axes: AxisSet, changes: Mapping[str, Change], result
     if axes.program is not None:
         try:
             graph = resized(axes, {name: _slots(axes[name], len(change.source)) for name, change in changes.items()})
+        except PomonaError as error:
+            refusal = _line(error)
+        else:
             fill_graph(graph, result.net)
-            expected = run(graph, example)
-        except (PomonaError, RuntimeError) as error:
-            graph, refusal = None, _line(error)
+            try:
+                expected = run(graph, example)
+            except RuntimeError:
+                graph, refusal = None, failure(graph, example, axes, changes)
     for patch in (lambda *_: None, patch_named):
         patch(result.net, sizes)
         try:
@@ -163,7 +167,10 @@ def _proved(net: nn.Module, axes: AxisSet, changes: Mapping[str, Change], result
         except Exception as error:  # sizes in code of the user's own can fail in any way
             why = f"does not run after this edit ({_line(error)})"
             continue
-        if graph is None or agree(expected, found):
+        if graph is None:
+            note = f"{type(net).__name__} runs, but was not compared with the graph of its operations: {refusal}"
+            return Edit(result.net, result.maps, (*result.notes, *[note] * (axes.program is not None)))
+        if agree(expected, found):
             return result
         why = "computes something else after this edit than its operations"
     if graph is None:
@@ -182,7 +189,7 @@ def _slots(axis: Axis, units: int) -> Tensor:
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:300]
+    return (str(error).strip() or repr(error)).splitlines()[0][:600]
 
 
 def fill_graph(graph: nn.Module, net: nn.Module) -> None:

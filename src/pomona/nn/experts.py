@@ -270,7 +270,7 @@ class Experts(nn.Module):
         order, expert, bounds = segments(index, self.n_experts)
         back = torch.zeros_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
         nobody = 0
-        if shapes_may_depend_on_values():  # leave out the entries that go to no expert
+        if shapes_may_depend_on_values() and not x.is_meta:  # leave out the entries that go to no expert
             used = int(bounds[-1, 1])
             nobody, order, expert = len(order) - used, order[:used], expert[:used]
         rows = x.reshape(-1, self.dim).index_select(0, order // index.shape[-1])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pomona.nn.check import check_input
+
 
 class Add(nn.Module):
     """y = x + branch.
@@ -37,4 +39,5 @@ class ReZero(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         """(*), (*) -> (*)"""
+        check_input(self, x)
         return x + self.alpha * branch

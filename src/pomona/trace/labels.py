@@ -10,6 +10,7 @@ its arguments in three ways: it makes two units one (``unite``), it lets units m
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -80,6 +81,7 @@ class Labels:
     cells: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     fixed: list[tuple[Tensor, str]] = field(default_factory=list)
     follows: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a constant's atoms, the units they follow
+    constants: list[tuple[int, int]] = field(default_factory=list)  # start, stop of the atoms of each
     coupled: list[tuple[str, Tensor, Tensor | None]] = field(
         default_factory=list
     )  # operation, units, normalised within
@@ -97,12 +99,14 @@ class Labels:
 
     def tensor(self, shape: Sequence[int], name: str | None = None, kind: Kind = "param") -> Value:
         """A parameter (or, without a name, a constant): one atom per index of each dimension."""
-        factors = []
+        factors, start = [], self.count
         for dim, size in enumerate(shape):
             if size > 1:
                 if name is not None:
                     self.owners.append((self.count, size, name, dim))
                 factors.append(self.fresh([size if d == dim else 1 for d in range(len(shape))]))
+        if kind == "uniform":
+            self.constants.append((start, self.count))
         return Value(tuple(shape), tuple(factors), frozenset(), kind)
 
     def unite(self, a: Tensor, b: Tensor) -> None:
@@ -215,11 +219,12 @@ class Labels:
         vx, vy = (frozenset(d + len(shape) - v.ndim for d in v.varies) for v in (x, y))
         varies = vx | vy
         if "uniform" in kinds:  # a constant does not hold any unit; it only follows their number
-            for f in left:
-                for g in right:
-                    if dims_of(f) == dims_of(g):
-                        self.follows.append((f, g) if x.kind == "uniform" else (g, f))
-            return Value(shape, tuple(left if y.kind == "uniform" else right), varies, kind)
+            mine, others, told = (left, right, vy) if x.kind == "uniform" else (right, left, vx)
+            covered = told.union(*map(dims_of, others))
+            rest = [f for f in mine if not self._follows(f, others) and not dims_of(f) & covered]
+            return Value(shape, (*others, *rest), varies, kind)
+        left = [f for f in left if not (self._constant(f) and self._follows(f, right))]
+        right = [g for g in right if not (self._constant(g) and self._follows(g, left))]
         free = []
         for mine, others, positions in ((left, right, vy), (right, left, vx)):
             covered = frozenset().union(*map(dims_of, others))
@@ -238,6 +243,18 @@ class Labels:
             else:
                 kept.append(g)
         return Value(shape, self.disjoint(kept) if join else tuple(kept), varies, kind)
+
+    def _constant(self, factor: Tensor) -> bool:
+        """Whether the factor is of a tensor whose elements were all equal."""
+        at = bisect(self.constants, (int(factor.min()), self.count)) - 1
+        return at >= 0 and int(factor.max()) < self.constants[at][1]
+
+    def _follows(self, factor: Tensor, others: Sequence[Tensor]) -> bool:
+        """Let a constant's factor follow the one of the others that varies along the same dimensions, if one does."""
+        leader = next((g for g in others if dims_of(g) == dims_of(factor)), None)
+        if leader is not None:
+            self.follows.append((factor, leader))
+        return leader is not None
 
     def reduce(self, x: Value, dims: Iterable[int], keepdim: bool = False, coupled: str = "") -> Value:
         """A symmetric function over ``dims`` (mean, sum, norm): units remain as bundles where they are not all gone."""

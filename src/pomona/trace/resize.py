@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -58,12 +58,48 @@ def resized(axes: AxisSet, units: Mapping[str, Tensor]) -> fx.GraphModule:
             elif node.op == "call_function":
                 _rewrite(node, axes.sizes.values.get(node.name), counts, axes.sizes.values)
         except Refusal as error:
-            raise PomonaError(f"{node.name} ({node.target}) cannot be rewritten to the new sizes: {error}") from error
+            why = f"{error}{_held_by(node, axes, units)}"
+            raise PomonaError(f"{node.name} ({node.target}) cannot be rewritten to the new sizes: {why}") from error
     module.graph.lint()
     module.recompile()
     for mode in ("train", "eval"):  # torch.export's refuse; the graph computes as in evaluation in either mode
         vars(module).pop(mode, None)
     return module
+
+
+class _Located(fx.Interpreter):
+    """Runs a graph and remembers where it is."""
+
+    node: Any = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
+
+def failure(module: fx.GraphModule, example: Sequence[Any], axes: AxisSet, units: Iterable[str]) -> str:
+    """Which operation of a resized graph with its new tensors does not run, why, and which edited axes it holds."""
+    located = _Located(module)
+    try:
+        with torch.no_grad():
+            located.run(*example)
+    except Exception as error:  # whatever an operation may raise
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        return f"{located.node.name} ({located.node.target}) does not run: {why}{_held_by(located.node, axes, units)}"
+    return "it runs"
+
+
+def _held_by(node: fx.Node, axes: AxisSet, units: Iterable[str]) -> str:
+    """Those of the edited axes that lie along what an operation reads and makes."""
+    sizes = axes.sizes
+    values = [sizes.values.get(n.name) for n in (node, *node.all_input_nodes)]
+    found = [
+        f for v in values for one in (v if isinstance(v, list) else [v]) if isinstance(one, Value) for f in one.factors
+    ]
+    here = np.unique(np.concatenate([sizes.classes.of[f.numpy().ravel()] for f in found] or [np.zeros(0, np.int64)]))
+    above = set(sizes.classes.member[here].indices.tolist())
+    names = [name for name in units if not above.isdisjoint(sizes.units[name])]
+    return f"; it holds {', '.join(names)}" if names else ""
 
 
 class Counts:
@@ -145,10 +181,10 @@ class Counts:
 
     @staticmethod
     def _inside(sets: Any, dim: int, other: int) -> bool:
-        """Whether elements along ``other`` lie in one bundle for each index along ``dim``, another one where they differ."""
+        """Whether elements along ``other`` lie in one bundle for each index along ``dim``, which tells the indices apart."""
         plane = np.moveaxis(sets, [dim, other], [0, 1]).reshape(sets.shape[dim], sets.shape[other], -1)[:, :, 0]
         mine = [frozenset.intersection(*row) for row in plane]
-        apart = len({*mine}) == len({*map(tuple, plane)})  # a bundle of several indices does not tell them apart
+        apart = len({*mine}) == len({*map(tuple, plane)})
         return all(mine) and apart and bool(mine[0] - frozenset.intersection(*mine))
 
     def size(self, value: Value, dim: int) -> int:
