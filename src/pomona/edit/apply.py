@@ -159,7 +159,8 @@ def _proved(net: nn.Module, axes: AxisSet, changes: Mapping[str, Change], result
             try:
                 expected = run(graph, example)
             except RuntimeError:
-                graph, refusal = None, failure(graph, example, axes, changes)
+                refusal = failure(graph, example, axes, changes)
+                graph = None
     for patch in (lambda *_: None, patch_named):
         patch(result.net, sizes)
         try:

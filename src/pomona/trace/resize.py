@@ -181,7 +181,7 @@ class Counts:
 
     @staticmethod
     def _inside(sets: Any, dim: int, other: int) -> bool:
-        """Whether elements along ``other`` lie in one bundle for each index along ``dim``, which tells the indices apart."""
+        """Whether elements along ``other`` lie in one bundle for each index of ``dim``, which tells these apart."""
         plane = np.moveaxis(sets, [dim, other], [0, 1]).reshape(sets.shape[dim], sets.shape[other], -1)[:, :, 0]
         mine = [frozenset.intersection(*row) for row in plane]
         apart = len({*mine}) == len({*map(tuple, plane)})
