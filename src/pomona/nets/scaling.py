@@ -64,6 +64,7 @@ def scaling(
         found.flops.append(flops(mixer, x))
         found.bytes.append(training_memory(mixer, x))
         spent = []
+        x.requires_grad_()  # a mixer may have no parameters
         for _ in range(repeats + 1):
             start = time.perf_counter()
             mixer(x).square().mean().backward()

@@ -9,6 +9,8 @@ from pomona.errors import PomonaError
 
 def check_input(layer: nn.Module | str, x: Tensor, features: int | None = None, dim: int = -1) -> None:
     """Raise unless ``x`` holds floating-point numbers, ``features`` of them on axis ``dim`` where that is given."""
+    if not isinstance(x, Tensor):  # a proxy, while torch.fx traces the layer
+        return
     name = layer if isinstance(layer, str) else type(layer).__name__
     if not x.is_floating_point():
         raise PomonaError(f"{name} takes floating-point numbers, not {x.dtype}; call .float() on its input")
