@@ -7,6 +7,7 @@ the local bases (B-spline, radial, wavelet, ReLU) fade to zero, so that only a l
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,15 +105,71 @@ def resample_edges(edges: Tensor, size: int) -> Tensor:
     return F.interpolate(edges[None].double(), size + 1, mode="linear", align_corners=True)[0].to(edges)
 
 
+def _b_splines(x: Tensor, t: Tensor, k: int, n: int = 1) -> tuple[Tensor, Tensor]:
+    """The B-splines of order ``k`` and their n-th derivative: (features, *) -> two of (functions, features, *).
+
+    B_{m,d} = (x - t_m) w_m + (t_{m+d+1} - x) w_{m+1},  B'_{m,d} = d (w_m - w_{m+1}),
+    w_m = B_{m,d-1} / (t_{m+d} - t_m).  The knots t are (knots, features, 1, ...).
+    """
+    first = k - n + 1  # the order from which on the derivative is taken
+    z = x - t  # the index of the function leads: every slice is contiguous
+    if first > 1:  # a function of order 1 is the difference of two ramps, one of order 0 that of two steps
+        rising = (z[:-1] / (t[1:] - t[:-1])).clamp(0, 1)
+    else:
+        rising = torch.cat([z[:-1] >= 0, z[-1:] > 0]).to(x.dtype)  # the last interval holds its right end
+    value = rising[:-1] - rising[1:]
+    slope = value if first > 0 else torch.zeros_like(value)
+    for d in range(2 if first > 1 else 1, k + 1):
+        width = t[d:] - t[:-d]
+        w = value.div_(width)
+        if d >= first:
+            v = w if d == first else slope / width
+            slope = (v[:-1] - v[1:]).mul_(d)
+        value = torch.addcmul(z[: -d - 1] * w[:-1], z[d + 1 :], w[1:], value=-1)
+    return value, slope
+
+
+class _BSplines(torch.autograd.Function):
+    """`_b_splines` in one pass; backward keeps one derivative and takes the next, if asked, from here."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, t: Tensor, k: int, n: int) -> tuple[Tensor, Tensor]:
+        """B(x) and its n-th derivative."""
+        return _b_splines(x, t, k, n)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, t, ctx.k, ctx.n = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, t, output[1])
+        ctx.save_for_forward(x, t, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        x, t, slope = ctx.saved_tensors
+        by_value, by_slope = grads  # by_value only if n = 1
+        dx = None if by_value is None else (by_value * slope).sum(0)
+        if by_slope is not None:
+            further = (by_slope * _BSplines.apply(x, t, ctx.k, ctx.n + 1)[1]).sum(0)
+            dx = further if dx is None else dx + further
+        return dx, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        x, t, slope = ctx.saved_tensors
+        return tangents[0] * slope, tangents[0] * _BSplines.apply(x, t, ctx.k, ctx.n + 1)[1]
+
+
 class BSpline(Basis):
     """B-splines of order ``k`` on the grid extended by ``k`` intervals to each side: size + k functions.
 
     B_{m,0}(x) = [t_m <= x < t_{m+1}],
     B_{m,d}(x) = (x - t_m) / (t_{m+d} - t_m) B_{m,d-1}(x) + (t_{m+d+1} - x) / (t_{m+d+1} - t_{m+1}) B_{m+1,d-1}(x).
 
-    Only the k + 1 functions that are not zero at x are computed, then put in their places, so that no tensor
-    has more than batch * features * (size + k) entries. They are non-negative, sum to 1 on the grid and fade to
-    0 over the k intervals beside it.
+    They are non-negative, sum to 1 on the grid and fade to 0 over the k intervals beside it. Values and slopes come
+    from one pass, and backward keeps no tensor of more than batch * features * (size + k) entries.
 
     Source: A Practical Guide to Splines (de Boor, 1978); as used in KAN: Kolmogorov-Arnold Networks, arXiv 2404.19756.
     """
@@ -133,7 +190,7 @@ class BSpline(Basis):
         if k < 0:
             raise PomonaError(f"k={k} must be 0 or more")
         self.k, self.n_basis = k, size + k
-        self.register_buffer("knots", self.edges.new_empty(features, size + 4 * k + 1))
+        self.register_buffer("knots", self.edges.new_empty(size + 2 * k + 1, features))
         self.place_()
 
     def options(self) -> dict[str, float]:
@@ -141,41 +198,23 @@ class BSpline(Basis):
         return {"grid_eps": self.grid_eps, "k": self.k}
 
     def place_(self) -> None:
-        """Extend the edges evenly by 2k intervals a side; the outer k serve only to evaluate the outermost pieces."""
+        """Extend the edges evenly by k intervals a side."""
         edges = self.edges.double()
         step = (edges[:, -1:] - edges[:, :1]) / self.size
-        out = step * torch.arange(1, 2 * self.k + 1, device=edges.device)
-        self.knots.copy_(torch.cat([edges[:, :1] - out.flip(-1), edges, edges[:, -1:] + out], -1))
+        out = step * torch.arange(1, self.k + 1, device=edges.device)
+        self.knots.copy_(torch.cat([edges[:, :1] - out.flip(-1), edges, edges[:, -1:] + out], -1).T)
 
     def extended(self) -> Tensor:
         """The extended knot vector, (features, size + 2k + 1)."""
-        return self.knots[:, self.k : self.knots.shape[1] - self.k]
+        return self.knots.T
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, features) -> (*, features, size + k)"""
-        k, knots = self.k, self.knots.to(x)
-        extended = knots[:, k : knots.shape[1] - k]
-        low, high = extended[:, 0], extended[:, -1]
-        inside = (x >= low) & (x <= high)
-        x = torch.where(inside, x, low)
-
-        def lead(n: Tensor) -> Tensor:
-            return n.reshape(-1, *[1] * x.dim())
-
-        inner = extended[:, 1:-1].T.reshape(-1, *[1] * (x.dim() - 1), self.features)
-        piece = (x >= inner).sum(0)  # the knot interval that holds x
-        row = torch.arange(self.features, device=x.device) * knots.shape[1]
-        t = knots.reshape(-1)[piece + row + lead(torch.arange(1, 2 * k + 1, device=x.device))]  # the 2k knots around x
-        value = inside.to(x.dtype)[None]
-        for d in range(1, k + 1):  # the index of the function leads: every slice is contiguous
-            left, right = t[k - d : k], t[k : k + d]
-            rising = (x - left) / (right - left) * value
-            zero = torch.zeros_like(value[:1])
-            value = torch.cat([value - rising, zero]) + torch.cat([zero, rising])
-        place = piece + lead(torch.arange(-k, 1, device=x.device))
-        exists = (place >= 0) & (place < self.n_basis)
-        zeros = value.new_zeros((self.n_basis, *x.shape))
-        return zeros.scatter_add(0, place.clamp(0, self.n_basis - 1), value * exists).movedim(0, -1)
+        t = self.knots.to(x).view(*self.knots.shape, *[1] * (x.dim() - 1))
+        x = x.movedim(-1, 0).contiguous()
+        # the compiler derives and fuses the backward itself, and does not take a custom jvp
+        evaluate = _b_splines if torch.compiler.is_compiling() else _BSplines.apply
+        return evaluate(x, t, self.k, 1)[0].movedim((0, 1), (-1, -2))
 
 
 class Located(Basis):
@@ -186,9 +225,9 @@ class Located(Basis):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, features) -> (*, features, size + 1)"""
-        centres = self.edges.to(x)
-        width = (centres[:, -1:] - centres[:, :1]) / self.size
-        return self.shape((x[..., None] - centres) / width)
+        centres = self.edges.to(x).mT.contiguous()
+        width = (centres[-1] - centres[0]) / self.size
+        return self.shape((x[..., None, :] - centres) / width).mT
 
     @staticmethod
     def shape(u: Tensor) -> Tensor:
@@ -263,7 +302,7 @@ class Chebyshev(Ranged):
         terms = [torch.ones_like(v), v]
         for _ in range(self.size - 1):
             terms.append(2 * v * terms[-1] - terms[-2])
-        return torch.stack(terms, -1)
+        return torch.stack(terms, -2).mT
 
 
 class Gram(Ranged):
@@ -282,7 +321,7 @@ class Gram(Ranged):
         terms = [torch.ones_like(v), v / root[1]]
         for m in range(1, self.size):
             terms.append((v * terms[-1] - root[m] * terms[-2]) / root[m + 1])
-        return torch.stack(terms, -1)
+        return torch.stack(terms, -2).mT
 
 
 class Rational(Ranged):

@@ -105,7 +105,8 @@ class KANLayer(nn.Module):
         check_input(self, x, self.in_features)
         base, spline = self.edge_weights()
         y = F.linear(BASE_FUNCTIONS[self.base](x), base)
-        return y + F.linear(self.basis(x).flatten(-2), spline.flatten(-2))  # einsum("...im,oim->...o")
+        # einsum("...im,oim->...o"), in the order in which B-splines lie in memory
+        return y + F.linear(self.basis(x).mT.flatten(-2), spline.mT.flatten(-2))
 
     def edges(self, x: Tensor) -> Tensor:
         """Every phi_oi(x_i): (*, in_features) -> (*, out_features, in_features)"""
