@@ -69,6 +69,30 @@ def test_every_basis_has_its_shape_gradient_and_vmap(name):
     assert torch.isfinite(make_basis(name, 3, 4, -1.0, 1.0)(1e3 * x.float())).all()
 
 
+@pytest.mark.parametrize("k", range(4))
+def test_bspline_differentiates_again_and_forwards(k):
+    basis = random_grid(features=2, size=3, k=k)
+    x = torch.randn(2, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    assert torch.autograd.gradcheck(basis, x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(basis, x, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+    def loss(row: torch.Tensor) -> torch.Tensor:
+        return basis(row).square().sum()
+
+    row = x[0, 0].detach()
+    over = torch.func.vmap(torch.func.hessian(loss))(x[0].detach())[0]  # forward over reverse
+    torch.testing.assert_close(over, torch.autograd.functional.hessian(loss, row))
+
+
+def test_bspline_third_derivative_is_that_of_the_cubics():
+    basis, x = random_grid(features=1), torch.linspace(-1.4, 1.3, 40, dtype=torch.float64)
+    third = torch.func.vmap(torch.func.jacrev(torch.func.jacrev(torch.func.jacrev(lambda u: basis(u[None])[0]))))(x)
+    t = basis.extended()[0].numpy()
+    for m in range(basis.n_basis):
+        expected = interpolate.BSpline(t, np.eye(basis.n_basis)[m], 3)(x.numpy(), nu=3)
+        np.testing.assert_allclose(third[:, m].detach().numpy(), expected, atol=1e-9, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_fit_coefficients_recovers_a_function_of_the_basis(name):
     basis = make_basis(name, 2, 5, -1.0, 1.0).double()

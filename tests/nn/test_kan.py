@@ -85,6 +85,20 @@ def test_vmap_over_stacked_layers():
     torch.testing.assert_close(out, torch.stack([net(v) for net, v in zip(nets, x, strict=True)]))
 
 
+def test_backward_keeps_nothing_larger_than_the_values_of_the_basis():
+    net, sizes = KANLayer(16, 2, grid=5, k=3), []
+    x = torch.randn(100, 16, requires_grad=True)
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        sizes.append(t.untyped_storage().nbytes() // t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        net(x).sum().backward()
+    limit = 100 * 16 * (5 + 3)
+    assert max(sizes) == limit and sizes.count(limit) == 2  # values and slopes
+
+
 def test_aux_loss_is_l1_plus_entropy_of_edge_sizes():
     net = layer(l1=2.0, entropy=3.0)
     size = (net.coefficients * net.scale_spline[..., None]).abs().mean(-1)
